@@ -1,0 +1,3 @@
+//! The storage server's program: parse, wire, run, stop.
+
+fn main() {}

@@ -1,0 +1,7 @@
+//! The Volley storage server: everything of a node as a library. `volleyd` only wires it.
+
+pub mod error;
+pub mod object_store;
+pub mod platform;
+pub mod shard;
+pub mod types;

@@ -1,0 +1,43 @@
+//! The object store seam: immutable objects by key. Backends are chosen at start and used on the shard.
+
+use std::future::Future;
+use std::ops::Range;
+
+/// Why an object request failed, in the three classes of retry, corrupt and fatal.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ObjectError {
+    #[error("{0}: no such object")]
+    NotFound(String),
+    #[error("{0}: object exists already")]
+    AlreadyExists(String),
+    /// The object is shorter than the range asked for, or fails a checksum of the store.
+    #[error("{0}")]
+    Corrupt(String),
+    /// May succeed later: timeouts, throttling, unreachable store.
+    #[error("{0}")]
+    Retry(String),
+    /// Will not succeed by itself: denied, misconfigured.
+    #[error("{0}")]
+    Fatal(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectMeta {
+    pub key: String,
+    pub size_bytes: u64,
+}
+
+/// Keys are `/`-separated paths of `[A-Za-z0-9._-]` components. Objects are immutable once put, except by `put`.
+pub trait ObjectStore: Clone + 'static {
+    fn get(&self, key: &str) -> impl Future<Output = Result<Vec<u8>, ObjectError>>;
+    /// Exactly `range.end - range.start` bytes, or `Corrupt` if the object is shorter.
+    fn get_range(&self, key: &str, range: Range<u64>) -> impl Future<Output = Result<Vec<u8>, ObjectError>>;
+    /// Durable and atomic when it returns: a reader sees the whole object or none.
+    fn put(&self, key: &str, data: &[u8]) -> impl Future<Output = Result<(), ObjectError>>;
+    /// Like `put`, but exactly one of any number of racing callers succeeds.
+    fn put_if_absent(&self, key: &str, data: &[u8]) -> impl Future<Output = Result<(), ObjectError>>;
+    /// Objects whose key starts with `prefix`, sorted by key.
+    fn list(&self, prefix: &str) -> impl Future<Output = Result<Vec<ObjectMeta>, ObjectError>>;
+    /// Deleting an absent object succeeds.
+    fn delete(&self, key: &str) -> impl Future<Output = Result<(), ObjectError>>;
+}

@@ -1,0 +1,252 @@
+//! What a shard is asked: by connections (data path), by the control thread, and by other shards.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::types::{HydrationRate, VolumeId, VolumeSpec};
+
+/// When a priority fetch is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FetchUntil {
+    /// Verified in this node's cache (or already in the volume).
+    Readable,
+    /// In the volume.
+    Resident,
+    /// In the volume, and the knowledge of it survives a crash.
+    Durable,
+}
+
+/// A data-path request. Offsets and lengths in bytes, multiples of 512, inside the device.
+#[derive(Debug)]
+pub enum Request {
+    /// Opens the volume for one writer; answers with `Reply::Attached`. A fresh attach (`resume_generation` none) makes
+    /// a new generation durable and fences older ones; a resumed one (reconnect) keeps its generation or is refused
+    /// with `StaleGeneration`.
+    Attach {
+        name: String,
+        resume_generation: Option<u64>,
+    },
+    /// Ends the generation: later requests of it get `NotAttached`.
+    Detach {
+        volume: VolumeId,
+        generation: u64,
+    },
+    Read {
+        volume: VolumeId,
+        generation: u64,
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        volume: VolumeId,
+        generation: u64,
+        offset: u64,
+        data: Vec<u8>,
+        fua: bool,
+    },
+    Flush {
+        volume: VolumeId,
+        generation: u64,
+    },
+    Discard {
+        volume: VolumeId,
+        generation: u64,
+        offset: u64,
+        len: u64,
+    },
+    WriteZeroes {
+        volume: VolumeId,
+        generation: u64,
+        offset: u64,
+        len: u64,
+        fua: bool,
+    },
+    /// No generation: any host may warm a volume.
+    PriorityFetch {
+        volume: VolumeId,
+        offset: u64,
+        len: u64,
+        until: FetchUntil,
+    },
+    /// Residency of `len` bytes from `offset` (clipped to the device).
+    Residency {
+        volume: VolumeId,
+        offset: u64,
+        len: u64,
+    },
+    /// Long poll: answered as soon as the volume's residency version differs from `seen_version`, or after 10 s.
+    ResidencyWait {
+        volume: VolumeId,
+        seen_version: u64,
+    },
+    Stat {
+        volume: VolumeId,
+    },
+    /// Volume names on this shard in order, at most 1,000, starting after `after` (empty: from the first).
+    ListVolumes {
+        after: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachInfo {
+    pub volume: VolumeId,
+    pub generation: u64,
+    pub size_bytes: u64,
+    pub chunk_bytes: u32,
+}
+
+/// A run of sectors that are all resident, or all not. `hole`: known to read as zeroes without data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    pub len_bytes: u64,
+    pub resident: bool,
+    /// Resident but zero by nature (a zero chunk of the snapshot, or discarded): needs no storage.
+    pub hole: bool,
+}
+
+#[derive(Debug)]
+pub enum Reply {
+    Done,
+    Attached(AttachInfo),
+    /// Bytes of a read, exactly as long as asked.
+    Data(Vec<u8>),
+    Residency {
+        version: u64,
+        extents: Vec<Extent>,
+    },
+    Stat(Box<VolumeStatus>),
+    Names(Vec<String>),
+}
+
+/// What is known of a volume now; the shape of `GET /v1/volumes/{name}`.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct VolumeStatus {
+    pub id: String,
+    pub name: String,
+    pub size_bytes: u64,
+    pub chunk_bytes: u32,
+    pub snapshot: Option<String>,
+    pub store: String,
+    /// `unlimited`, `none` or bytes per second.
+    pub rate: String,
+    pub batch: Option<String>,
+    pub created_unix_ms: u64,
+    pub shard: usize,
+    pub generation: u64,
+    pub attached: bool,
+    pub hydrated: bool,
+    /// Bytes of the device whose content is in the volume itself (zero chunks included).
+    pub resident_bytes: u64,
+    /// Bytes hydration still has to make resident.
+    pub remaining_bytes: u64,
+    /// Seconds until hydrated at the rate of the last seconds; `None` when unknown, stalled or rate `none`.
+    pub eta_seconds: Option<f64>,
+    pub hydration_bytes_per_second: u64,
+    /// What hydration waits on now: `running`, `rate`, `store_budget`, `object_store`, `store_full`, `paused`, `done`.
+    pub hydration_state: String,
+    pub last_error: Option<String>,
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub written_bytes: u64,
+    pub flushes: u64,
+    pub read_misses: u64,
+    pub priority_fetches: u64,
+}
+
+/// Sender half of a one-shot reply that crosses threads.
+pub type ReplyTo<T> = flume::Sender<T>;
+
+/// Control thread to shard. Every reply channel is `flume::bounded(1)`.
+pub enum Command {
+    /// All or none: on error no volume of the list exists. Files made, journal committed before the reply.
+    CreateVolumes {
+        specs: Vec<VolumeSpec>,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// Refused with `Conflict` while attached, unless `force`.
+    DeleteVolume {
+        name: String,
+        force: bool,
+        reply: ReplyTo<Result<()>>,
+    },
+    VolumeStatus {
+        name: String,
+        reply: ReplyTo<Result<VolumeStatus>>,
+    },
+    ListVolumes {
+        reply: ReplyTo<Vec<VolumeStatus>>,
+    },
+    SetRate {
+        name: String,
+        rate: HydrationRate,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// Answered when the volume is hydrated (and that is durable), deleted, or with `DeadlineExceeded` after the timeout.
+    WaitHydrated {
+        name: String,
+        timeout_ms: u64,
+        reply: ReplyTo<Result<VolumeStatus>>,
+    },
+    Stats {
+        reply: ReplyTo<ShardStats>,
+    },
+    /// Runs an object-store operation on this shard for the control thread.
+    Objects {
+        op: ObjectOp,
+        reply: ReplyTo<std::result::Result<ObjectOpReply, crate::object_store::ObjectError>>,
+    },
+    /// Stop accepting, finish or park in-flight work, checkpoint, then answer and end the shard.
+    Stop {
+        reply: ReplyTo<()>,
+    },
+}
+
+pub enum ObjectOp {
+    Get { key: String },
+    Put { key: String, data: Vec<u8> },
+    Delete { key: String },
+    List { prefix: String },
+}
+
+pub enum ObjectOpReply {
+    Data(Vec<u8>),
+    Listing(Vec<crate::object_store::ObjectMeta>),
+    Done,
+}
+
+/// Counters of a shard since its start, and gauges of now; the source of `/metrics`. Labels are added by the control thread.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct ShardStats {
+    pub shard: usize,
+    pub volumes: u64,
+    pub volumes_hydrated: u64,
+    pub volumes_attached: u64,
+    pub connections: u64,
+    /// Name, help text and value of each monotonic counter, e.g. ("guest_reads_total", "...", 17).
+    pub counters: Vec<(&'static str, &'static str, u64)>,
+    /// Name, help text and value of each gauge, e.g. ("cache_ram_bytes", "...", 1048576).
+    pub gauges: Vec<(&'static str, &'static str, u64)>,
+    /// Snapshot names that volumes of this shard still need (not hydrated).
+    pub snapshots_needed: Vec<String>,
+    /// Recent events that name causes, oldest first, at most 64.
+    pub events: Vec<String>,
+}
+
+/// Where the data ports of all shards are; handed out by HELLO.
+pub type ShardMap = Arc<[String]>;
+
+/// What a connection needs of its shard; implemented by the shard's handle, and by fakes in tests.
+/// Requests for volumes of other shards are forwarded behind it.
+pub trait Handler: Clone + 'static {
+    /// The hot path: answers requests that need no waiting (a priority fetch of a resident range), else `None`.
+    fn try_now(&self, request: &Request) -> Option<Result<Reply>>;
+    fn handle(&self, request: Request) -> impl Future<Output = Result<Reply>>;
+    /// A connection that had attached (or resumed) the volume closed. Its generation stays valid.
+    fn connection_lost(&self, volume: VolumeId, generation: u64);
+    fn node_id(&self) -> u128;
+    fn shard(&self) -> usize;
+    fn shard_map(&self) -> ShardMap;
+}

@@ -1,0 +1,3 @@
+//! volley-agent
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! volley-load
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! volley
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! What the Volley command-line programs share.
