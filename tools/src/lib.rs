@@ -1,1 +1,3 @@
 //! What the Volley command-line programs share.
+
+pub mod units;
