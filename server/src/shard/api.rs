@@ -27,6 +27,11 @@ pub enum Request {
         name: String,
         resume_generation: Option<u64>,
     },
+    /// Describes the volume (`Reply::Attached` with its present generation) without attaching: fences nobody, so an
+    /// agent can list the sizes of volumes that other hosts use. Client: `Client::lookup(name) -> AttachInfo`.
+    Lookup {
+        name: String,
+    },
     /// Ends the generation: later requests of it get `NotAttached`.
     Detach {
         volume: VolumeId,
