@@ -4,4 +4,5 @@ pub mod error;
 pub mod object_store;
 pub mod platform;
 pub mod shard;
+pub mod snapshot;
 pub mod types;
