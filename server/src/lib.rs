@@ -1,8 +1,10 @@
 //! The Volley storage server: everything of a node as a library. `volleyd` only wires it.
 
+pub mod config;
 pub mod error;
 pub mod object_store;
 pub mod platform;
 pub mod shard;
 pub mod snapshot;
 pub mod types;
+pub mod units;

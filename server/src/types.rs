@@ -105,3 +105,9 @@ pub struct VolumeState {
     /// Every chunk is resident: the snapshot is no longer needed.
     pub hydrated: bool,
 }
+
+/// The text form of a batch id in the HTTP API and in listings.
+#[must_use]
+pub fn batch_text(batch: u64) -> String {
+    format!("{batch:016x}")
+}

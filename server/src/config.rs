@@ -1,0 +1,430 @@
+//! The configuration of a node: a TOML file, flags that override it, and every default in one place.
+//!
+//! Unknown keys are errors, and `volleyd --print-config` writes out every key, so a typing error can't silently leave
+//! a default in force. `docs/config.md` describes the keys for operators.
+
+mod print;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+use crate::types::HydrationRate;
+use crate::units::{ByteSize, Span};
+
+/// The whole configuration. Relative paths are relative to the working directory of the server.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where the node keeps its identity, its journals and, unless `store` says otherwise, its volumes.
+    pub data: PathBuf,
+    /// `file:DIR`. Has no default: a node without an object store is a mistake.
+    pub object_store: Option<String>,
+    /// Data port of shard 0; shard k listens on port + k, or on `path.k` of a unix socket.
+    pub listen: ListenAddr,
+    /// `host:port` of the HTTP API.
+    pub http: String,
+    /// Number of shards; 0 means one for each core this process may run on.
+    pub cores: usize,
+    /// Log filter: `error`, `warn`, `info`, `debug`, `trace`, or per module as `info,volley_server::shard=debug`.
+    pub log: String,
+    pub cache: CacheConfig,
+    pub hydration: HydrationConfig,
+    pub deadlines: DeadlineConfig,
+    pub retries: RetryConfig,
+    /// Volume stores; none means one called `default` at `<data>/store`.
+    #[serde(rename = "store")]
+    pub stores: Vec<StoreConfig>,
+}
+
+/// The chunk cache.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// RAM for chunks of the whole node, split evenly over the shards.
+    pub ram_bytes: ByteSize,
+}
+
+/// Limits of hydration. Per shard, so that nothing is shared between cores.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HydrationConfig {
+    /// Rate of a volume whose creator names none.
+    pub default_rate: HydrationRate,
+    /// Largest coalesced read of a pack.
+    pub fetch_bytes_max: ByteSize,
+    /// Object-store reads in flight for background hydration, per shard.
+    pub background_fetches: usize,
+    /// Object-store reads in flight for guests and priority fetches, per shard: reserved, background can't take them.
+    pub priority_fetches: usize,
+}
+
+/// How long things may take.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DeadlineConfig {
+    /// A guest read that needs the object store gets an I/O error after this long.
+    pub guest_read: Span,
+    /// One request to the object store.
+    pub object_request: Span,
+    /// The whole of a clean stop; exceeding it is an error exit. Nothing acknowledged is lost either way.
+    pub stop: Span,
+}
+
+/// Retries of object-store requests within a deadline, with jittered exponential back-off.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetryConfig {
+    pub backoff_min: Span,
+    pub backoff_max: Span,
+}
+
+/// A volume store: a directory that holds one file per volume.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    pub label: String,
+    pub path: PathBuf,
+    /// Bytes per second that hydration may write to this store, so that guests are not disturbed.
+    #[serde(default)]
+    pub hydration_bandwidth: Bandwidth,
+}
+
+/// A budget in bytes per second; `None` is unlimited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bandwidth(pub Option<u64>);
+
+/// Where a data port listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddr {
+    /// `host` may be a name or an address; port 0 picks free ports.
+    Tcp {
+        host: String,
+        port: u16,
+    },
+    Unix(PathBuf),
+}
+
+/// Values of flags and environment that override the file.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    pub data: Option<PathBuf>,
+    pub object_store: Option<String>,
+    pub listen: Option<String>,
+    pub http: Option<String>,
+    pub cores: Option<usize>,
+    pub log: Option<String>,
+    /// `LABEL=PATH`; any of them replaces the stores of the file.
+    pub stores: Vec<String>,
+}
+
+/// One line that names the file or flag and the key.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+/// More executors than this is a typing error rather than a machine.
+pub const CORES_MAX: usize = 1024;
+/// Below this a shard could not even hold the chunks in flight.
+pub const CACHE_RAM_BYTES_MIN: u64 = 8 << 20;
+/// Label of the store that exists when none is configured.
+pub const DEFAULT_STORE_LABEL: &str = "default";
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            data: PathBuf::from("/var/lib/volley/node"),
+            object_store: None,
+            listen: ListenAddr::Tcp { host: "127.0.0.1".to_string(), port: 7400 },
+            http: "127.0.0.1:7480".to_string(),
+            cores: 0,
+            log: "info".to_string(),
+            cache: CacheConfig::default(),
+            hydration: HydrationConfig::default(),
+            deadlines: DeadlineConfig::default(),
+            retries: RetryConfig::default(),
+            stores: Vec::new(),
+        }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> CacheConfig {
+        CacheConfig { ram_bytes: ByteSize(256 << 20) }
+    }
+}
+
+impl Default for HydrationConfig {
+    fn default() -> HydrationConfig {
+        HydrationConfig {
+            default_rate: HydrationRate::Unlimited,
+            fetch_bytes_max: ByteSize(4 << 20),
+            background_fetches: 4,
+            priority_fetches: 16,
+        }
+    }
+}
+
+impl Default for DeadlineConfig {
+    fn default() -> DeadlineConfig {
+        DeadlineConfig {
+            guest_read: Span(Duration::from_secs(30)),
+            object_request: Span(Duration::from_secs(10)),
+            stop: Span(Duration::from_secs(12)),
+        }
+    }
+}
+
+impl Default for RetryConfig {
+    fn default() -> RetryConfig {
+        RetryConfig { backoff_min: Span(Duration::from_millis(50)), backoff_max: Span(Duration::from_secs(2)) }
+    }
+}
+
+impl Config {
+    /// Reads the file (if any), applies the overrides and checks the result.
+    ///
+    /// # Errors
+    /// One line that names the file or flag, the key, and what is wrong with it.
+    pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Config, ConfigError> {
+        let mut config = match file {
+            Some(path) => Config::read(path)?,
+            None => Config::default(),
+        };
+        config.apply(overrides)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    #[allow(clippy::disallowed_methods)] // Before any shard exists.
+    fn read(path: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| ConfigError(format!("can't read the configuration {}: {e}", path.display())))?;
+        Config::parse(&text).map_err(|e| ConfigError(format!("configuration {}: {e}", path.display())))
+    }
+
+    /// Parses a configuration file's text; keys that are absent have their defaults.
+    ///
+    /// # Errors
+    /// One line with the line number and the key.
+    pub fn parse(text: &str) -> Result<Config, ConfigError> {
+        toml::from_str(text).map_err(|e| ConfigError(one_line(text, &e)))
+    }
+
+    /// The configuration as a commented TOML file that [`Config::parse`] reads back to the same value.
+    #[must_use]
+    pub fn to_toml(&self) -> String {
+        print::to_toml(self)
+    }
+
+    fn apply(&mut self, overrides: &Overrides) -> Result<(), ConfigError> {
+        let Overrides { data, object_store, listen, http, cores, log, stores } = overrides;
+        if let Some(data) = data {
+            self.data.clone_from(data);
+        }
+        if object_store.is_some() {
+            self.object_store.clone_from(object_store);
+        }
+        if let Some(listen) = listen {
+            self.listen = listen.parse().map_err(|e| ConfigError(format!("--listen: {e}")))?;
+        }
+        if let Some(http) = http {
+            self.http.clone_from(http);
+        }
+        if let Some(cores) = cores {
+            self.cores = *cores;
+        }
+        if let Some(log) = log {
+            self.log.clone_from(log);
+        }
+        if !stores.is_empty() {
+            self.stores = stores.iter().map(|store| store_from_flag(store)).collect::<Result<_, _>>()?;
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let fail = |message: String| Err(ConfigError(message));
+        if self.data.as_os_str().is_empty() {
+            return fail("data: the data directory must not be empty".to_string());
+        }
+        if let Err(e) = check_host_port(&self.http) {
+            return fail(format!("http: {e}"));
+        }
+        if self.cores > CORES_MAX {
+            return fail(format!("cores: {} is more than {CORES_MAX}", self.cores));
+        }
+        if self.cache.ram_bytes.0 < CACHE_RAM_BYTES_MIN {
+            let min = ByteSize(CACHE_RAM_BYTES_MIN);
+            return fail(format!("cache.ram_bytes: {} is less than {min}", self.cache.ram_bytes));
+        }
+        if self.retries.backoff_min > self.retries.backoff_max {
+            return fail("retries: backoff_min is larger than backoff_max".to_string());
+        }
+        self.check_hydration()?;
+        self.check_deadlines()?;
+        self.check_stores()
+    }
+
+    fn check_hydration(&self) -> Result<(), ConfigError> {
+        let hydration = &self.hydration;
+        let max = hydration.fetch_bytes_max.0;
+        if !(u64::from(crate::types::CHUNK_BYTES_MAX)..=64 << 20).contains(&max) {
+            return Err(ConfigError(format!(
+                "hydration.fetch_bytes_max: {} is not between 4MiB (the largest chunk) and 64MiB (a pack)",
+                hydration.fetch_bytes_max
+            )));
+        }
+        for (key, value) in
+            [("background_fetches", hydration.background_fetches), ("priority_fetches", hydration.priority_fetches)]
+        {
+            if !(1..=1024).contains(&value) {
+                return Err(ConfigError(format!("hydration.{key}: {value} is not between 1 and 1024")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_deadlines(&self) -> Result<(), ConfigError> {
+        let DeadlineConfig { guest_read, object_request, stop } = self.deadlines;
+        for (key, span) in [("guest_read", guest_read), ("object_request", object_request), ("stop", stop)] {
+            if span.0 < Duration::from_millis(100) || span.0 > Duration::from_secs(3600) {
+                return Err(ConfigError(format!("deadlines.{key}: {span} is not between 100ms and 1h")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_stores(&self) -> Result<(), ConfigError> {
+        let mut labels = HashSet::new();
+        let mut paths = HashSet::new();
+        for store in &self.stores {
+            let StoreConfig { label, path, .. } = store;
+            volley_protocol::name::check_name(label).map_err(|e| ConfigError(format!("store label: {e}")))?;
+            if !labels.insert(label) {
+                return Err(ConfigError(format!("store label {label:?} is given twice: labels name volume stores")));
+            }
+            if path.as_os_str().is_empty() {
+                return Err(ConfigError(format!("store {label:?}: its path must not be empty")));
+            }
+            if !paths.insert(path) {
+                return Err(ConfigError(format!("store path {} is given twice", path.display())));
+            }
+        }
+        Ok(())
+    }
+
+    /// The configured volume stores, or the one default store.
+    #[must_use]
+    pub fn stores(&self) -> Vec<StoreConfig> {
+        if !self.stores.is_empty() {
+            return self.stores.clone();
+        }
+        vec![StoreConfig {
+            label: DEFAULT_STORE_LABEL.to_string(),
+            path: self.data.join("store"),
+            hydration_bandwidth: Bandwidth(None),
+        }]
+    }
+}
+
+fn store_from_flag(text: &str) -> Result<StoreConfig, ConfigError> {
+    match text.split_once('=') {
+        Some((label, path)) if !label.is_empty() && !path.is_empty() => Ok(StoreConfig {
+            label: label.to_string(),
+            path: PathBuf::from(path),
+            hydration_bandwidth: Bandwidth(None),
+        }),
+        _ => Err(ConfigError(format!("--store {text:?}: write LABEL=PATH"))),
+    }
+}
+
+/// toml's error spans several lines with an excerpt; operators grep logs by line.
+fn one_line(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().replace('\n', " ");
+    match error.span() {
+        Some(span) => {
+            let line = text.as_bytes()[..span.start.min(text.len())].iter().filter(|b| **b == b'\n').count() + 1;
+            let key = text.lines().nth(line - 1).unwrap_or_default().trim();
+            format!("line {line}: {message} (in {key:?})")
+        }
+        None => message,
+    }
+}
+
+fn check_host_port(text: &str) -> Result<(String, u16), String> {
+    let bad = || format!("{text:?} is not an address: write host:port, as 127.0.0.1:7480");
+    let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
+    let bracketed = host.starts_with('[') && host.ends_with(']');
+    if host.is_empty() || host.contains('/') || (host.contains(':') && !bracketed) {
+        return Err(bad());
+    }
+    Ok((host.to_string(), port.parse().map_err(|_| bad())?))
+}
+
+impl FromStr for ListenAddr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<ListenAddr, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            if path.is_empty() {
+                return Err("unix: needs a path, as unix:/run/volley.sock".to_string());
+            }
+            return Ok(ListenAddr::Unix(PathBuf::from(path)));
+        }
+        let (host, port) = check_host_port(text)
+            .map_err(|_| format!("{text:?} is not an address: write host:port or unix:PATH, as 127.0.0.1:7400"))?;
+        Ok(ListenAddr::Tcp { host, port })
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ListenAddr::Tcp { host, port } => write!(f, "{host}:{port}"),
+            ListenAddr::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ListenAddr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ListenAddr, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl FromStr for Bandwidth {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Bandwidth, String> {
+        match text.parse::<HydrationRate>()? {
+            HydrationRate::Unlimited => Ok(Bandwidth(None)),
+            HydrationRate::BytesPerSecond(bytes) => Ok(Bandwidth(Some(bytes))),
+            HydrationRate::None => {
+                Err("a store without hydration bandwidth never hydrates: write unlimited".to_string())
+            }
+        }
+    }
+}
+
+impl fmt::Display for Bandwidth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(bytes) => write!(f, "{}/s", ByteSize(bytes)),
+            None => f.write_str("unlimited"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Bandwidth {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bandwidth, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests;

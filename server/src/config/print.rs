@@ -1,0 +1,114 @@
+//! Writes a configuration as a commented TOML file: the reference of every key and its default.
+
+use std::fmt::Write as _;
+
+use super::{Config, StoreConfig};
+use crate::types::HydrationRate;
+use crate::units::ByteSize;
+
+pub(super) fn to_toml(config: &Config) -> String {
+    let Config { data, object_store, listen, http, cores, log, cache, hydration, deadlines, retries, stores } = config;
+    let object_store = match object_store {
+        Some(url) => format!("object_store = {}", text(url)),
+        None => "# object_store = \"file:/var/lib/volley/objects\"".to_string(),
+    };
+    let rate = match hydration.default_rate {
+        HydrationRate::BytesPerSecond(bytes) => format!("{}/s", ByteSize(bytes)),
+        other => other.to_string(),
+    };
+    let mut out = format!(
+        r#"# Configuration of volleyd. Every key is optional except object_store. Unknown keys are errors.
+# Sizes are written as "256MiB", durations as "30s", bandwidths as "200MiB/s" or "unlimited".
+
+# Identity, journals and, unless [[store]] says otherwise, volumes of this node.
+data = {data}
+
+# Where snapshots live: file:DIR. Must be given here, as --object-store or as VOLLEY_OBJECT_STORE.
+{object_store}
+
+# Data port of shard 0: host:port or unix:PATH. Shard k listens on port + k, or on PATH.k. Port 0 picks free ports.
+listen = {listen}
+
+# HTTP API, metrics and health: host:port. There is no authentication: keep it on a trusted network.
+http = {http}
+
+# Shards, each pinned to a core. 0: one for each core this process may use.
+cores = {cores}
+
+# error, warn, info, debug, trace, or per module: "info,volley_server::shard=debug".
+log = {log}
+
+[cache]
+# RAM for chunks of the whole node, split evenly over the shards.
+ram_bytes = "{ram_bytes}"
+
+[hydration]
+# Rate of volumes whose creator names none: "unlimited", "none" (only what is touched) or bytes per second.
+default_rate = "{rate}"
+# Neighbouring chunks of a pack are fetched in one read of at most this size.
+fetch_bytes_max = "{fetch_bytes_max}"
+# Object-store reads in flight per shard for background hydration.
+background_fetches = {background_fetches}
+# Object-store reads in flight per shard reserved for guests and priority fetches.
+priority_fetches = {priority_fetches}
+
+[deadlines]
+# A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
+guest_read = "{guest_read}"
+# One request to the object store.
+object_request = "{object_request}"
+# A clean stop; exceeding it is an error exit, but loses nothing that was acknowledged.
+stop = "{stop}"
+
+[retries]
+# Back-off between attempts of an object-store request: doubles from min to max, with jitter, within the deadline.
+backoff_min = "{backoff_min}"
+backoff_max = "{backoff_max}"
+"#,
+        data = text(&data.to_string_lossy()),
+        listen = text(&listen.to_string()),
+        http = text(http),
+        log = text(log),
+        ram_bytes = cache.ram_bytes,
+        fetch_bytes_max = hydration.fetch_bytes_max,
+        background_fetches = hydration.background_fetches,
+        priority_fetches = hydration.priority_fetches,
+        guest_read = deadlines.guest_read,
+        object_request = deadlines.object_request,
+        stop = deadlines.stop,
+        backoff_min = retries.backoff_min,
+        backoff_max = retries.backoff_max,
+    );
+    out.push_str(STORES_COMMENT);
+    if stores.is_empty() {
+        out.push_str(STORE_EXAMPLE);
+    }
+    for store in stores {
+        push_store(&mut out, store);
+    }
+    out
+}
+
+const STORES_COMMENT: &str = "
+# Volume stores: directories that hold one file per volume; new volumes go round robin over them. A label must stay
+# with its directory. Without any, there is one store \"default\" at <data>/store. hydration_bandwidth is what
+# hydration may write to the store, so that guests are not disturbed.
+";
+
+const STORE_EXAMPLE: &str = "# [[store]]
+# label = \"nvme0\"
+# path = \"/mnt/nvme0/volley\"
+# hydration_bandwidth = \"unlimited\"
+";
+
+fn push_store(out: &mut String, store: &StoreConfig) {
+    let StoreConfig { label, path, hydration_bandwidth } = store;
+    let (label, path) = (text(label), text(&path.to_string_lossy()));
+    let _ =
+        write!(out, "[[store]]\nlabel = {label}\npath = {path}\nhydration_bandwidth = \"{hydration_bandwidth}\"\n\n");
+}
+
+/// A TOML string, quoted and escaped.
+fn text(value: &str) -> String {
+    toml::Value::String(value.to_string()).to_string()
+}

@@ -1,0 +1,136 @@
+//! Tests of the configuration: defaults, round trip, unknown keys, overrides.
+#![allow(clippy::disallowed_methods)] // Tests run outside of any shard.
+
+use super::*;
+
+fn parse_error(text: &str) -> String {
+    Config::parse(text).map(|_| ()).expect_err("must be refused").to_string()
+}
+
+fn load_error(overrides: &Overrides) -> String {
+    Config::load(None, overrides).map(|_| ()).expect_err("must be refused").to_string()
+}
+
+#[test]
+fn defaults_printed_parse_back_to_the_defaults() {
+    let config = Config::default();
+    assert_eq!(Config::parse(&config.to_toml()), Ok(config));
+    assert_eq!(Config::parse(""), Ok(Config::default()));
+}
+
+#[test]
+fn printing_covers_every_key() {
+    let store = |label: &str| StoreConfig {
+        label: label.to_string(),
+        path: PathBuf::from(format!("/mnt/{label} \"quoted\"")),
+        hydration_bandwidth: Bandwidth(Some(300 << 20)),
+    };
+    let config = Config {
+        data: PathBuf::from("/x/y"),
+        object_store: Some("file:/objects".to_string()),
+        listen: ListenAddr::Unix(PathBuf::from("/run/volley.sock")),
+        http: "[::1]:80".to_string(),
+        cores: 3,
+        log: "debug".to_string(),
+        cache: CacheConfig { ram_bytes: ByteSize(64 << 20) },
+        hydration: HydrationConfig {
+            default_rate: HydrationRate::BytesPerSecond(1_000_000),
+            fetch_bytes_max: ByteSize(8 << 20),
+            background_fetches: 1,
+            priority_fetches: 2,
+        },
+        deadlines: DeadlineConfig {
+            guest_read: Span(Duration::from_millis(1500)),
+            object_request: Span(Duration::from_secs(60)),
+            stop: Span(Duration::from_secs(5)),
+        },
+        retries: RetryConfig {
+            backoff_min: Span(Duration::from_millis(1)),
+            backoff_max: Span(Duration::from_millis(2)),
+        },
+        stores: vec![store("a"), store("b")],
+    };
+    assert_eq!(Config::parse(&config.to_toml()), Ok(config));
+}
+
+#[test]
+fn unknown_keys_are_refused_by_name_in_one_line() {
+    for (text, key) in [
+        ("cors = 4", "cors"),
+        ("cores = 1\n[cache]\nram = \"1GiB\"", "ram"),
+        ("[hydration]\nspeed = 1", "speed"),
+        ("[deadlines]\nguest_reed = \"1s\"", "guest_reed"),
+        ("[[store]]\nlabel = \"a\"\npath = \"/a\"\nsize = 1", "size"),
+    ] {
+        let message = parse_error(text);
+        assert!(message.contains(&format!("unknown field `{key}`")), "{message}");
+        assert!(message.contains("line "), "{message}");
+        assert!(!message.contains('\n'), "{message}");
+    }
+}
+
+#[test]
+fn bad_values_name_their_line() {
+    for text in [
+        "cores = -1",
+        "listen = \"7400\"",
+        "[cache]\nram_bytes = \"lots\"",
+        "[deadlines]\nguest_read = \"30\"",
+        "[[store]]\npath = \"/a\"",
+        "= 1",
+    ] {
+        let message = parse_error(text);
+        assert!(message.contains("line "), "{text}: {message}");
+        assert!(!message.contains('\n'), "{text}: {message}");
+    }
+}
+
+#[test]
+fn overrides_win_over_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("volley.toml");
+    std::fs::write(&file, "cores = 4\nhttp = \"127.0.0.1:1\"\n[[store]]\nlabel = \"f\"\npath = \"/f\"\n").unwrap();
+    let overrides = Overrides {
+        cores: Some(1),
+        object_store: Some("file:/o".to_string()),
+        listen: Some("unix:/run/v".to_string()),
+        stores: vec!["a=/a".to_string(), "b=/b=c".to_string()],
+        ..Overrides::default()
+    };
+    let config = Config::load(Some(&file), &overrides).unwrap();
+    assert_eq!((config.cores, config.http.as_str()), (1, "127.0.0.1:1"));
+    assert_eq!(config.listen, ListenAddr::Unix(PathBuf::from("/run/v")));
+    assert_eq!(config.stores().iter().map(|s| s.label.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(config.stores()[1].path, PathBuf::from("/b=c"));
+}
+
+#[test]
+fn the_default_store_lies_in_the_data_directory() {
+    let overrides = Overrides { data: Some(PathBuf::from("/d")), ..Overrides::default() };
+    let stores = Config::load(None, &overrides).unwrap().stores();
+    assert_eq!(stores.len(), 1);
+    assert_eq!((stores[0].label.as_str(), stores[0].path.clone()), ("default", PathBuf::from("/d/store")));
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let stores = |stores: &[&str]| Overrides {
+        stores: stores.iter().map(|s| (*s).to_string()).collect(),
+        ..Overrides::default()
+    };
+    assert!(load_error(&stores(&["a=/a", "a=/b"])).contains("given twice"));
+    assert!(load_error(&stores(&["a=/a", "b=/a"])).contains("given twice"));
+    assert!(load_error(&stores(&["a"])).contains("LABEL=PATH"));
+    assert!(load_error(&stores(&["a b=/a"])).contains("store label"));
+    assert!(load_error(&Overrides { cores: Some(9999), ..Overrides::default() }).contains("cores"));
+    assert!(load_error(&Overrides { http: Some("nowhere".to_string()), ..Overrides::default() }).contains("http"));
+    assert!(
+        load_error(&Overrides { listen: Some("nowhere".to_string()), ..Overrides::default() }).contains("--listen")
+    );
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = Config::load(Some(Path::new("/nowhere/volley.toml")), &Overrides::default()).unwrap_err();
+    assert!(error.to_string().contains("/nowhere/volley.toml"), "{error}");
+}
