@@ -9,8 +9,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::types::HydrationRate;
 
-/// Suffixes of sizes. A bare letter is binary, as in qemu-img; `kB`, `MB`, ... are decimal.
-const SIZE_UNITS: [(&str, u64); 18] = [
+/// Suffixes of sizes, in any letter case: powers of 1024, as in the command-line tools.
+const SIZE_UNITS: [(&str, u64); 12] = [
     ("", 1),
     ("B", 1),
     ("K", 1 << 10),
@@ -23,12 +23,6 @@ const SIZE_UNITS: [(&str, u64); 18] = [
     ("TiB", 1 << 40),
     ("P", 1 << 50),
     ("PiB", 1 << 50),
-    ("kB", 1_000),
-    ("KB", 1_000),
-    ("MB", 1_000_000),
-    ("GB", 1_000_000_000),
-    ("TB", 1_000_000_000_000),
-    ("PB", 1_000_000_000_000_000),
 ];
 
 const DURATION_UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
@@ -57,7 +51,7 @@ fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
     let unit = unit.trim_start();
-    let (_, scale) = units.iter().find(|(name, _)| *name == unit)?;
+    let (_, scale) = units.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit))?;
     number.parse::<u64>().ok()?.checked_mul(*scale)
 }
 
@@ -70,18 +64,6 @@ pub fn exact_size(bytes: u64) -> String {
         }
     }
     bytes.to_string()
-}
-
-/// A size for reading, rounded to one decimal: `1.5 GiB`.
-#[must_use]
-#[expect(clippy::cast_precision_loss, reason = "rounded to one decimal anyway")]
-pub fn human_size(bytes: u64) -> String {
-    for (unit, scale) in [("TiB", 1u64 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)] {
-        if bytes >= scale {
-            return format!("{:.1} {unit}", bytes as f64 / scale as f64);
-        }
-    }
-    format!("{bytes} B")
 }
 
 /// A duration that [`parse_duration`] reads back, exact to the millisecond.
@@ -213,19 +195,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_in_binary_and_decimal_units() {
+    fn sizes_are_whole_numbers_in_binary_units() {
         for (text, bytes) in [
             ("0", 0),
             ("512", 512),
             ("4K", 4096),
             ("256MiB", 256 << 20),
             ("10 GiB", 10 << 30),
-            ("1TB", 1_000_000_000_000),
-            ("2kB", 2_000),
+            ("1 tib", 1 << 40),
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "MiB", "-1", "1.5GiB", "1 XiB", "18446744073709551616", "999999999TiB"] {
+        for text in ["", "MiB", "-1", "1.5GiB", "1 XiB", "1GB", "18446744073709551616", "999999999TiB"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }
