@@ -1,6 +1,7 @@
 //! The Volley storage server: everything of a node as a library. `volleyd` only wires it.
 
 pub mod config;
+pub mod datadir;
 pub mod error;
 pub mod object_store;
 pub mod platform;

@@ -196,14 +196,9 @@ mod tests {
 
     #[test]
     fn sizes_are_whole_numbers_in_binary_units() {
-        for (text, bytes) in [
-            ("0", 0),
-            ("512", 512),
-            ("4K", 4096),
-            ("256MiB", 256 << 20),
-            ("10 GiB", 10 << 30),
-            ("1 tib", 1 << 40),
-        ] {
+        for (text, bytes) in
+            [("0", 0), ("512", 512), ("4K", 4096), ("256MiB", 256 << 20), ("10 GiB", 10 << 30), ("1 tib", 1 << 40)]
+        {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for text in ["", "MiB", "-1", "1.5GiB", "1 XiB", "1GB", "18446744073709551616", "999999999TiB"] {
