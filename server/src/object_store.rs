@@ -1,5 +1,10 @@
 //! The object store seam: immutable objects by key. Backends are chosen at start and used on the shard.
 
+pub mod dir;
+pub mod url;
+
+pub use url::ObjectStoreUrl;
+
 use std::future::Future;
 use std::ops::Range;
 

@@ -4,6 +4,8 @@
 //! loses or tears unsynced writes), `blocking` (std, for command-line tools that need no server; its futures are
 //! ready at once). Everything under `shard/`, `journal/`, `object_store/` and `cache/` is generic over [`Platform`].
 
+pub mod blocking;
+
 use std::future::Future;
 use std::io;
 use std::ops::{Deref, DerefMut};

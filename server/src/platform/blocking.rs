@@ -1,0 +1,207 @@
+//! The platform of command-line tools: plain std calls whose futures are ready at once.
+//!
+//! It serves one thread at a time, so it is cheap to clone and may be used from many threads. It has no executor:
+//! [`Platform::spawn`] runs the task to its end before it returns. The page cache is used, as tools share no memory with guests.
+#![allow(clippy::disallowed_methods)] // This is one of the implementations the seam hides.
+
+use std::fs::{self, OpenOptions};
+use std::future::Future;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::{DirEntry, File, OpenMode, Platform, Queue, SpaceInfo, Time};
+
+/// Blocking std I/O behind the platform seam.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Blocking;
+
+/// An open file.
+#[derive(Clone, Debug)]
+pub struct BlockingFile(Arc<fs::File>);
+
+impl Platform for Blocking {
+    type File = BlockingFile;
+    type WriteBuf = Vec<u8>;
+    type ReadBuf = Vec<u8>;
+
+    fn now(&self) -> Time {
+        static ORIGIN: OnceLock<Instant> = OnceLock::new();
+        Time::default().after(ORIGIN.get_or_init(Instant::now).elapsed())
+    }
+
+    fn wall_clock_ms(&self) -> u64 {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn random_u64(&self) -> u64 {
+        let mut bytes = [0u8; 8];
+        // SAFETY: the pointer and the length are those of `bytes`; getrandom has no safe form in std.
+        let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        // Requests of up to 256 bytes are never short and fail only before the pool is initialised at boot.
+        assert_eq!(got, 8, "getrandom: {}", io::Error::last_os_error());
+        u64::from_ne_bytes(bytes)
+    }
+
+    async fn sleep(&self, duration: Duration) {
+        std::thread::sleep(duration);
+    }
+
+    async fn yield_now(&self) {}
+
+    fn spawn(&self, _queue: Queue, task: impl Future<Output = ()> + 'static) {
+        futures::executor::block_on(task);
+    }
+
+    fn alloc(&self, len: usize) -> Vec<u8> {
+        vec![0; len]
+    }
+
+    async fn open(&self, path: &Path, mode: OpenMode) -> io::Result<BlockingFile> {
+        let mut options = OpenOptions::new();
+        match mode {
+            OpenMode::Read => options.read(true),
+            OpenMode::ReadWrite => options.read(true).write(true),
+            OpenMode::CreateNew => options.read(true).write(true).create_new(true),
+        };
+        Ok(BlockingFile(Arc::new(options.open(path)?)))
+    }
+
+    async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    async fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::hard_link(from, to)
+    }
+
+    async fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    async fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir_all(path)
+    }
+
+    async fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(path)? {
+            let entry = entry?;
+            let metadata = match entry.metadata() {
+                Ok(metadata) => metadata,
+                // Removed between the listing and the look at it.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e),
+            };
+            let name = entry.file_name().to_string_lossy().into_owned();
+            entries.push(DirEntry { name, is_dir: metadata.is_dir(), len: metadata.len() });
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    async fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        fs::File::open(path)?.sync_all()
+    }
+
+    async fn space(&self, path: &Path) -> io::Result<SpaceInfo> {
+        let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
+        let mut info = std::mem::MaybeUninit::<libc::statvfs>::uninit();
+        // SAFETY: `path` is NUL-terminated and `info` is writable memory of the right type.
+        if unsafe { libc::statvfs(path.as_ptr(), info.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: statvfs succeeded, so it filled `info`.
+        let info = unsafe { info.assume_init() };
+        Ok(SpaceInfo { total_bytes: info.f_blocks * info.f_frsize, free_bytes: info.f_bavail * info.f_frsize })
+    }
+}
+
+impl File for BlockingFile {
+    type WriteBuf = Vec<u8>;
+    type ReadBuf = Vec<u8>;
+
+    async fn read_at(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut buf = vec![0; len];
+        let mut filled = 0;
+        while filled < len {
+            match self.0.read_at(&mut buf[filled..], offset + filled as u64) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        buf.truncate(filled);
+        Ok(buf)
+    }
+
+    async fn write_at(&self, offset: u64, buf: Vec<u8>) -> io::Result<()> {
+        self.0.write_all_at(&buf, offset)
+    }
+
+    async fn datasync(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    async fn deallocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        let too_far = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let (offset, len) = (i64::try_from(offset).map_err(too_far)?, i64::try_from(len).map_err(too_far)?);
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the descriptor is open as long as `self.0` lives; the call touches no memory of ours.
+        if unsafe { libc::fallocate(self.0.as_raw_fd(), mode, offset, len) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    async fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    async fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    async fn close(self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::executor::block_on;
+
+    use super::*;
+
+    #[test]
+    fn files_do_what_the_seam_promises() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        block_on(async {
+            let file = Blocking.open(&path, OpenMode::CreateNew).await.unwrap();
+            let again = Blocking.open(&path, OpenMode::CreateNew).await.unwrap_err();
+            assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+            file.write_at(4096, vec![7; 8192]).await.unwrap();
+            file.deallocate(8192, 4096).await.unwrap();
+            file.datasync().await.unwrap();
+            assert_eq!(file.read_at(4096, 12288).await.unwrap(), [vec![7; 4096], vec![0; 4096]].concat());
+            file.set_len(5000).await.unwrap();
+            assert_eq!(file.len().await.unwrap(), 5000);
+            file.close().await.unwrap();
+            Blocking.create_dir_all(&dir.path().join("a/b")).await.unwrap();
+            Blocking.hard_link(&path, &dir.path().join("g")).await.unwrap();
+            let names: Vec<_> = Blocking.list_dir(dir.path()).await.unwrap().into_iter().map(|e| e.name).collect();
+            assert_eq!(names, ["a", "f", "g"]);
+            assert!(Blocking.space(dir.path()).await.unwrap().total_bytes > 0);
+            let before = Blocking.now();
+            assert!(Blocking.now() >= before);
+            assert_ne!(Blocking.random_u64(), Blocking.random_u64());
+        });
+    }
+}
