@@ -1,12 +1,14 @@
 //! Snapshots: the immutable content of a block device in the object store, as one manifest and packs of chunks.
 //!
 //! This module owns the two object formats (`docs/snapshot.md` is their other half), the object keys, and the coding
-//! of a single chunk: plain synchronous code without I/O.
+//! of a single chunk: plain synchronous code without I/O. Only [`catalog`] reads and removes objects, through the seam.
 
+pub mod catalog;
 pub mod chunk;
 pub mod manifest;
 pub mod pack;
 
+pub use catalog::CatalogError;
 pub use chunk::{CorruptChunk, EncodedChunk, Encoding, decode_chunk, encode_chunk, is_zero};
 pub use manifest::{ChunkEntry, Manifest, ManifestError, SnapshotInfo};
 pub use pack::{PACK_BYTES_MAX, PackBuilder, PackError, PackIndex, PackedChunk};

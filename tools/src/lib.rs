@@ -1,3 +1,4 @@
 //! What the Volley command-line programs share.
 
+pub mod cli;
 pub mod units;

@@ -1,3 +1,7 @@
-//! volley
+//! `volley`, the operator's command: only calls the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    volley_tools::cli::main()
+}

@@ -142,7 +142,7 @@ fn contradictions_are_refused() {
     refused(SnapshotInfo { chunk_bytes: 8 << 20, ..info(size) }, packs(), &zero, "chunk size");
     refused(info(0), packs(), &[], "device size");
     refused(info(513), packs(), &zero, "device size");
-    refused(info(u64::MAX & !511), packs(), &zero, "larger chunk size");
+    refused(info(u64::MAX - 511), packs(), &zero, "larger chunk size");
     refused(info(2 * size), packs(), &zero, "it lists 1 chunks, a device of this size has 2");
     refused(info(size), vec!["snapshots/x".to_owned()], &zero, "not the key of a pack");
     refused(info(size), packs(), &[stored(1, 32, CHUNK, Encoding::Raw)], "pack number 1 of 1");
