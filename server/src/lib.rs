@@ -3,6 +3,7 @@
 pub mod config;
 pub mod datadir;
 pub mod error;
+pub mod journal;
 pub mod object_store;
 pub mod platform;
 pub mod shard;
