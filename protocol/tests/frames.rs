@@ -301,7 +301,8 @@ fn bad_requests_cost_the_request_only() {
     assert_eq!(status(&read(512, 511)), Some(Status::Misaligned));
     assert_eq!(status(&read(0, (1 << 20) + 512)), Some(Status::TooLarge));
     assert_eq!(status(&read(u64::MAX - 511, 512)), Some(Status::OutOfRange));
-    let write = |data: &[u8]| build(&|o| encode::request(o, 1, 0, &Write { volume: 1, generation: 1, offset: 0 }, data));
+    let write =
+        |data: &[u8]| build(&|o| encode::request(o, 1, 0, &Write { volume: 1, generation: 1, offset: 0 }, data));
     assert_eq!(status(&write(&[])), Some(Status::Invalid));
     assert_eq!(status(&write(&[0; 100])), Some(Status::Misaligned));
     let payload = build(&|o| encode::request(o, 1, 0, &Stat { volume: 1 }, &[0; 512]));

@@ -252,6 +252,9 @@ pub trait Handler: Clone + 'static {
     /// A connection that had attached (or resumed) the volume closed. Its generation stays valid.
     fn connection_lost(&self, volume: VolumeId, generation: u64);
     fn node_id(&self) -> u128;
+    /// Random per process, the same on every shard; HELLO carries it. Clients that see another one after a reconnect
+    /// send what was acknowledged but not flushed again.
+    fn boot_id(&self) -> u64;
     fn shard(&self) -> usize;
     fn shard_map(&self) -> ShardMap;
 }
