@@ -1,5 +1,7 @@
 //! The Volley storage server: everything of a node as a library. `volleyd` only wires it.
 
+pub mod budget;
+pub mod cache;
 pub mod config;
 pub mod datadir;
 pub mod error;
@@ -8,5 +10,6 @@ pub mod object_store;
 pub mod platform;
 pub mod shard;
 pub mod snapshot;
+pub mod transfer;
 pub mod types;
 pub mod units;

@@ -1,3 +1,494 @@
 //! A shard: one core's partition of the volumes and of the chunk cache, generic over the platform.
+//!
+//! A [`Shard`] is a cheap handle; all state has one owner thread. Requests for volumes of other shards are passed on
+//! by message. Nothing here knows glommio, std time, files or threads: see [`crate::platform`].
 
 pub mod api;
+mod commands;
+mod datapath;
+mod hydrate;
+mod locks;
+mod manifests;
+pub mod mesh;
+pub mod residency;
+mod signal;
+pub mod stats;
+mod upkeep;
+mod volume;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::budget::TokenBucket;
+use crate::error::{Error, Result, Status};
+use crate::journal::{Journal, Record};
+use crate::object_store::ObjectStore;
+use crate::platform::{Platform, Queue};
+use crate::snapshot::Manifest;
+use crate::transfer::{QueueLimits, RetryPolicy, Transfer};
+use crate::types::{SECTOR_BYTES, VolumeId, VolumeState};
+use api::{AttachInfo, Command, Extent, Handler, Reply, Request, ShardMap};
+use hydrate::Store;
+use manifests::Manifests;
+use mesh::{Mesh, MeshMessage};
+use residency::SectorRange;
+use signal::{Signal, within};
+use stats::Counters;
+use volume::{SET_ASIDE, Volume};
+
+/// A long poll for residency changes is answered after this at the latest.
+const RESIDENCY_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Names in one answer of a listing.
+const NAMES_MAX: usize = 1000;
+/// Volume files that belong to no volume and are named in the log one by one.
+const ORPHANS_NAMED_MAX: usize = 8;
+
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    pub label: Arc<str>,
+    pub path: PathBuf,
+    /// Fixed hydration share of the whole node, in bytes per second; `None`: unlimited. Divided among the shards.
+    pub hydration_bandwidth: Option<u64>,
+}
+
+/// What a shard is told at its start.
+#[derive(Clone, Debug)]
+pub struct ShardConfig {
+    pub shard: usize,
+    pub shards: usize,
+    pub node_id: u128,
+    /// Random per process: tells clients a restart from a lost connection.
+    pub boot_id: u64,
+    pub shard_map: ShardMap,
+    pub stores: Vec<StoreConfig>,
+    /// This shard's part of the RAM cache.
+    pub cache_bytes: usize,
+    /// A guest request that needs the object store is answered with an error after this.
+    pub guest_deadline: Duration,
+    pub retry: RetryPolicy,
+    pub fetch_limits: QueueLimits,
+}
+
+struct Inner<P: Platform, O: ObjectStore> {
+    platform: P,
+    objects: O,
+    config: ShardConfig,
+    journal: Journal<P>,
+    transfer: Transfer<P, O>,
+    manifests: Rc<Manifests<P, O>>,
+    mesh: Mesh,
+    counters: Rc<Counters>,
+    stores: Vec<Store>,
+    volumes: RefCell<BTreeMap<VolumeId, Rc<Volume<P>>>>,
+    names: RefCell<BTreeMap<Arc<str>, VolumeId>>,
+    /// Names of volumes being created.
+    reserved: RefCell<std::collections::BTreeSet<Arc<str>>>,
+    /// Volumes with something that the next upkeep makes durable.
+    dirty: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
+    miss_fills: Cell<usize>,
+    in_flight: Cell<u64>,
+    stopping: Cell<bool>,
+    stopped: Cell<bool>,
+    /// A request ended while stopping, or the stop is complete.
+    drained: Signal,
+}
+
+/// Cheap clone.
+pub struct Shard<P: Platform, O: ObjectStore>(Rc<Inner<P, O>>);
+
+impl<P: Platform, O: ObjectStore> Clone for Shard<P, O> {
+    fn clone(&self) -> Self {
+        Shard(self.0.clone())
+    }
+}
+
+impl<P: Platform, O: ObjectStore> Shard<P, O> {
+    /// Takes over `volumes` (all owned by this shard) and starts the shard's tasks.
+    ///
+    /// # Errors
+    /// A store that cannot be used, or residency that does not fit its volume.
+    pub async fn start(
+        platform: P,
+        objects: O,
+        journal: Journal<P>,
+        config: ShardConfig,
+        volumes: Vec<VolumeState>,
+        mesh: Mesh,
+        commands: flume::Receiver<Command>,
+    ) -> Result<Shard<P, O>> {
+        let counters = Rc::new(Counters::default());
+        let transfer = Transfer::new(
+            platform.clone(),
+            objects.clone(),
+            config.cache_bytes,
+            config.fetch_limits,
+            config.retry,
+            counters.clone(),
+        );
+        let manifests = Rc::new(Manifests::new(platform.clone(), objects.clone(), config.retry.deadline));
+        let shares = config.shards as u64;
+        let now = platform.now();
+        let stores = config.stores.iter().map(|store| {
+            let share = store.hydration_bandwidth.map(|bytes| (bytes / shares).max(1));
+            Store::new(store.label.clone(), store.path.join("volumes"), TokenBucket::new(share, now))
+        });
+        let shard = Shard(Rc::new(Inner {
+            stores: stores.collect(),
+            platform,
+            objects,
+            config,
+            journal,
+            transfer,
+            manifests,
+            mesh,
+            counters,
+            volumes: RefCell::default(),
+            names: RefCell::default(),
+            reserved: RefCell::default(),
+            dirty: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(29, 30, 31, 32))),
+            miss_fills: Cell::new(0),
+            in_flight: Cell::new(0),
+            stopping: Cell::new(false),
+            stopped: Cell::new(false),
+            drained: Signal::default(),
+        }));
+        shard.restore(volumes).await?;
+        shard.spawn_tasks(commands);
+        Ok(shard)
+    }
+
+    async fn restore(&self, states: Vec<VolumeState>) -> Result<()> {
+        for state in states {
+            assert_eq!(state.spec.id.owner(self.0.config.shards), self.0.config.shard, "a volume of another shard");
+            let store = self.store_of(&state.spec)?;
+            let path = self.0.stores[store].volumes_dir.join(format!("{}.raw", state.spec.id));
+            self.adopt(Rc::new(Volume::new(&self.0.platform, state, path, store)?));
+        }
+        for store in &self.0.stores {
+            self.tidy_store(store).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends deletions that a crash cut short; names files that belong to no volume, but never removes them.
+    async fn tidy_store(&self, store: &Store) -> Result<()> {
+        let dir = &store.volumes_dir;
+        let failed = |e: std::io::Error| Error::from_io(&format!("volume store {}", dir.display()), &e);
+        self.0.platform.create_dir_all(dir).await.map_err(failed)?;
+        let mut orphans = 0;
+        for entry in self.0.platform.list_dir(dir).await.map_err(failed)? {
+            let Some((stem, extension)) = entry.name.split_once('.') else { continue };
+            let Ok(id) = u64::from_str_radix(stem, 16).map(VolumeId) else { continue };
+            if id.owner(self.0.config.shards) != self.0.config.shard {
+                continue;
+            }
+            let known = self.0.volumes.borrow().contains_key(&id);
+            let path = dir.join(&entry.name);
+            match (extension, known) {
+                (SET_ASIDE, true) => {
+                    self.0.platform.rename(&path, &path.with_extension("raw")).await.map_err(failed)?;
+                }
+                (SET_ASIDE, false) => self.0.platform.remove_file(&path).await.map_err(failed)?,
+                ("raw", false) => {
+                    orphans += 1;
+                    if orphans <= ORPHANS_NAMED_MAX {
+                        tracing::warn!(file = %path.display(), "volume file belongs to no volume; left alone");
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn_tasks(&self, commands: flume::Receiver<Command>) {
+        let platform = &self.0.platform;
+        platform.spawn(Queue::Serve, self.clone().pump());
+        platform.spawn(Queue::Serve, self.clone().serve_commands(commands));
+        platform.spawn(Queue::Background, self.clone().upkeep());
+        for store in 0..self.0.stores.len() {
+            platform.spawn(Queue::Background, self.clone().hydrate_store(store));
+        }
+    }
+
+    /// Serves what other shards ask.
+    async fn pump(self) {
+        let inbox = self.0.mesh.inbox.clone();
+        while let Ok(message) = inbox.recv_async().await {
+            match message {
+                MeshMessage::Fetch { wanted, class } => self.0.transfer.fetch(wanted, class),
+                MeshMessage::ConnectionLost { volume, generation } => self.drop_attachment(volume, generation),
+                MeshMessage::Request { request, reply } => {
+                    let shard = self.clone();
+                    self.0.platform.spawn(Queue::Serve, async move { drop(reply.send(shard.serve(request).await)) });
+                }
+            }
+        }
+    }
+
+    /// Waits until a [`Command::Stop`] is carried out.
+    pub async fn stopped(&self) {
+        self.0.drained.until(|| self.0.stopped.get()).await;
+    }
+
+    /// Whether a stop has begun: listeners stop accepting.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.0.stopping.get()
+    }
+
+    fn adopt(&self, volume: Rc<Volume<P>>) {
+        self.0.names.borrow_mut().insert(volume.spec.name.clone(), volume.spec.id);
+        self.0.volumes.borrow_mut().insert(volume.spec.id, volume.clone());
+        if !volume.hydrated.get() {
+            if volume.map.borrow().is_full() {
+                self.note_dirty(&volume);
+            }
+            self.wake_hydrator(&volume);
+        }
+    }
+
+    fn volumes(&self) -> Vec<Rc<Volume<P>>> {
+        self.0.volumes.borrow().values().cloned().collect()
+    }
+
+    fn volume(&self, id: VolumeId) -> Result<Rc<Volume<P>>> {
+        let found = self.0.volumes.borrow().get(&id).cloned();
+        found.ok_or_else(|| Error::new(Status::UnknownVolume, format!("no volume with id {id} on this node")))
+    }
+
+    fn by_name(&self, name: &str) -> Result<Rc<Volume<P>>> {
+        let id = self.0.names.borrow().get(name).copied();
+        let unknown = || Error::new(Status::UnknownVolume, format!("no volume named {name:?} on this node"));
+        self.volume(id.ok_or_else(unknown)?)
+    }
+
+    fn refuse_when_stopping(&self) -> Result<()> {
+        match self.0.stopping.get() {
+            true => Err(Error::new(Status::ShuttingDown, "the server is stopping")),
+            false => Ok(()),
+        }
+    }
+
+    /// The manifest of a volume's snapshot, loaded at its first need.
+    async fn manifest_of(&self, volume: &Rc<Volume<P>>) -> Result<Arc<Manifest>> {
+        if let Some(manifest) = volume.manifest() {
+            return Ok(manifest);
+        }
+        let Some(snapshot) = &volume.spec.snapshot else {
+            let message = format!("volume {:?} is blank but has absent chunks", &*volume.spec.name);
+            return Err(Error::new(Status::Internal, message));
+        };
+        let manifest = self.load_manifest(snapshot).await?;
+        if !volume.hydrated.get() {
+            volume.set_manifest(manifest.clone(), false);
+        }
+        Ok(manifest)
+    }
+
+    async fn attach(&self, name: &str, resume: Option<u64>) -> Result<Reply> {
+        let volume = self.by_name(name)?;
+        match resume {
+            Some(generation) => self.resume(&volume, generation)?,
+            None => self.attach_fresh(&volume).await?,
+        }
+        Ok(Reply::Attached(attach_info(&volume)))
+    }
+
+    fn resume(&self, volume: &Volume<P>, generation: u64) -> Result<()> {
+        let (name, current) = (&*volume.spec.name, volume.generation.get());
+        if generation != current {
+            self.0.counters.stale_generations.add(1);
+            let message =
+                format!("volume {name:?}: generation {generation} is fenced by {current}: another host attached");
+            return Err(Error::new(Status::StaleGeneration, message));
+        }
+        volume.attachments.set(Some(volume.attachments.get().unwrap_or(0) + 1));
+        Ok(())
+    }
+
+    /// A new generation (P7): older ones are refused at once, their writes in flight end, the generation becomes
+    /// durable, then the attach is answered.
+    async fn attach_fresh(&self, volume: &Rc<Volume<P>>) -> Result<()> {
+        let generation = volume.generation.get() + 1;
+        volume.generation.set(generation);
+        volume.attachments.set(Some(1));
+        volume.writes_done.until(|| volume.writing.get() == 0).await;
+        let lsn = self.0.journal.append(&Record::Generation { volume: volume.spec.id, generation });
+        self.0.journal.commit(lsn).await?;
+        if volume.generation.get() != generation {
+            let message = format!("volume {:?}: another host attached meanwhile", &*volume.spec.name);
+            return Err(Error::new(Status::StaleGeneration, message));
+        }
+        Ok(())
+    }
+
+    fn detach(&self, id: VolumeId, generation: u64) -> Result<Reply> {
+        let volume = self.writer(id, generation)?;
+        volume.attachments.set(None);
+        Ok(Reply::Done)
+    }
+
+    fn drop_attachment(&self, id: VolumeId, generation: u64) {
+        let Ok(volume) = self.volume(id) else { return };
+        if volume.generation.get() == generation {
+            volume.attachments.set(volume.attachments.get().map(|n| n.saturating_sub(1)));
+        }
+    }
+
+    fn residency(&self, id: VolumeId, offset: u64, len: u64) -> Result<Reply> {
+        let volume = self.volume(id)?;
+        let size = volume.spec.size_bytes;
+        if offset >= size || len == 0 {
+            let message = format!("volume {:?}: offset {offset} is past the end of {size} bytes", &*volume.spec.name);
+            return Err(Error::new(Status::OutOfRange, message));
+        }
+        let end = offset.saturating_add(len).min(size);
+        let map = volume.map.borrow();
+        let sector = u64::from(SECTOR_BYTES);
+        let runs = map.runs(SectorRange::covering(offset, end - offset)).into_iter();
+        let extents = runs.map(|run| {
+            let len_bytes = (run.end * sector).min(end) - (run.start * sector).max(offset);
+            Extent { len_bytes, resident: run.resident, hole: run.hole }
+        });
+        Ok(Reply::Residency { version: map.version(), extents: extents.collect() })
+    }
+
+    async fn residency_wait(&self, id: VolumeId, seen: u64) -> Result<Reply> {
+        let volume = self.volume(id)?;
+        let changed = || volume.map.borrow().version() != seen || volume.deleted.get() || self.0.stopping.get();
+        within(&self.0.platform, RESIDENCY_WAIT_MAX, volume.changed.until(changed)).await;
+        let version = volume.map.borrow().version();
+        Ok(Reply::Residency { version, extents: Vec::new() })
+    }
+
+    fn list(&self, after: &str) -> Reply {
+        let names = self.0.names.borrow();
+        let rest = names.range::<str, _>((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded));
+        Reply::Names(rest.take(NAMES_MAX).map(|(name, _)| name.to_string()).collect())
+    }
+
+    /// Serves a request for a volume of this shard (listings: of this shard's volumes).
+    async fn serve(&self, request: Request) -> Result<Reply> {
+        self.refuse_when_stopping()?;
+        self.0.in_flight.set(self.0.in_flight.get() + 1);
+        let result = self.dispatch(request).await;
+        self.0.in_flight.set(self.0.in_flight.get() - 1);
+        if self.0.stopping.get() {
+            self.0.drained.wake_all();
+        }
+        if result.is_err() {
+            self.0.counters.guest_errors.add(1);
+        }
+        result
+    }
+
+    async fn dispatch(&self, request: Request) -> Result<Reply> {
+        match request {
+            Request::Attach { name, resume_generation } => self.attach(&name, resume_generation).await,
+            Request::Lookup { name } => Ok(Reply::Attached(attach_info(&*self.by_name(&name)?))),
+            Request::Detach { volume, generation } => self.detach(volume, generation),
+            Request::Read { volume, generation, offset, len } => self.read(volume, generation, offset, len).await,
+            Request::Write { volume, generation, offset, data, fua } => {
+                self.write(volume, generation, offset, &data, fua).await
+            }
+            Request::Flush { volume, generation } => self.flush(volume, generation).await,
+            Request::Discard { volume, generation, offset, len } => {
+                self.zero(volume, generation, (offset, len), false, false).await
+            }
+            Request::WriteZeroes { volume, generation, offset, len, fua } => {
+                self.zero(volume, generation, (offset, len), true, fua).await
+            }
+            Request::PriorityFetch { volume, offset, len, until } => {
+                self.priority_fetch(volume, offset, len, until).await
+            }
+            Request::Residency { volume, offset, len } => self.residency(volume, offset, len),
+            Request::ResidencyWait { volume, seen_version } => self.residency_wait(volume, seen_version).await,
+            Request::Stat { volume } => Ok(Reply::Stat(Box::new(self.status(&*self.volume(volume)?)))),
+            Request::ListVolumes { after } => Ok(self.list(&after)),
+        }
+    }
+
+    /// The shard that owns what a request is about.
+    fn owner(&self, request: &Request) -> usize {
+        let shards = self.0.config.shards;
+        match request {
+            Request::Attach { name, .. } | Request::Lookup { name } => VolumeId::new(name, 0).owner(shards),
+            Request::ListVolumes { .. } => self.0.config.shard,
+            Request::Detach { volume, .. }
+            | Request::Read { volume, .. }
+            | Request::Write { volume, .. }
+            | Request::Flush { volume, .. }
+            | Request::Discard { volume, .. }
+            | Request::WriteZeroes { volume, .. }
+            | Request::PriorityFetch { volume, .. }
+            | Request::Residency { volume, .. }
+            | Request::ResidencyWait { volume, .. }
+            | Request::Stat { volume } => volume.owner(shards),
+        }
+    }
+
+    async fn forward(&self, owner: usize, request: Request) -> Result<Reply> {
+        self.0.counters.requests_forwarded.add(1);
+        let (reply, answer) = flume::bounded(1);
+        if let Err(error) = self.0.mesh.send(owner, MeshMessage::Request { request, reply }) {
+            self.0.counters.requests_refused_busy.add(1);
+            return Err(error);
+        }
+        let stopped = |_| Err(Error::new(Status::ShuttingDown, format!("shard {owner} has stopped")));
+        answer.recv_async().await.unwrap_or_else(stopped)
+    }
+}
+
+fn attach_info<P: Platform>(volume: &Volume<P>) -> AttachInfo {
+    AttachInfo {
+        volume: volume.spec.id,
+        generation: volume.generation.get(),
+        size_bytes: volume.spec.size_bytes,
+        chunk_bytes: volume.spec.chunk_bytes,
+    }
+}
+
+impl<P: Platform, O: ObjectStore> Handler for Shard<P, O> {
+    fn try_now(&self, request: &Request) -> Option<Result<Reply>> {
+        let Request::PriorityFetch { volume, offset, len, until } = request else { return None };
+        if self.0.stopping.get() || volume.owner(self.0.config.shards) != self.0.config.shard {
+            return None;
+        }
+        self.priority_fetch_now(*volume, *offset, *len, *until)
+    }
+
+    async fn handle(&self, request: Request) -> Result<Reply> {
+        let owner = self.owner(&request);
+        if owner == self.0.config.shard { self.serve(request).await } else { self.forward(owner, request).await }
+    }
+
+    fn connection_lost(&self, volume: VolumeId, generation: u64) {
+        let owner = volume.owner(self.0.config.shards);
+        if owner == self.0.config.shard {
+            self.drop_attachment(volume, generation);
+        } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::ConnectionLost { volume, generation }) {
+            tracing::warn!(%error, "a lost connection was not told to the volume's shard");
+        }
+    }
+
+    fn node_id(&self) -> u128 {
+        self.0.config.node_id
+    }
+
+    fn boot_id(&self) -> u64 {
+        self.0.config.boot_id
+    }
+
+    fn shard(&self) -> usize {
+        self.0.config.shard
+    }
+
+    fn shard_map(&self) -> ShardMap {
+        self.0.config.shard_map.clone()
+    }
+}

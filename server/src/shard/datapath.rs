@@ -1,0 +1,521 @@
+//! The data path of guest requests: reads, writes, discards, flushes and priority fetches of volumes of this shard.
+//!
+//! Reads take no lock: what is resident comes from the file, what is not from a verified chunk in memory, and the
+//! guest is answered before the chunk is written into the volume. Writes never wait for the object store, except for
+//! the edges of writes that are not aligned to sectors, whose old content must be known.
+
+use std::ops::RangeInclusive;
+use std::rc::Rc;
+
+use futures::future::join_all;
+
+use crate::cache::ChunkData;
+use crate::error::{Error, Result, Status};
+use crate::object_store::ObjectStore;
+use crate::platform::{Platform, Queue};
+use crate::shard::Shard;
+use crate::shard::api::{FetchUntil, Reply};
+use crate::shard::locks::Mode;
+use crate::shard::mesh::MeshMessage;
+use crate::shard::residency::SectorRange;
+use crate::shard::signal::within;
+use crate::shard::volume::{Volume, copy_padded, is_zero};
+use crate::transfer::{ChunkSource, FetchClass};
+use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR_BYTES, VolumeId};
+
+const SECTOR: u64 = SECTOR_BYTES as u64;
+
+/// Chunks one priority fetch works on at a time: bounds the memory of a request over a whole device.
+const PREFETCH_WINDOW_CHUNKS: usize = 32;
+/// Bytes one discard or write-zeroes punches at a time, so that the chunks' locks are held briefly.
+const ZERO_STEP_BYTES: u64 = 32 << 20;
+/// Fills behind read misses that may hold their chunk in memory at once, per shard; beyond it they are owed.
+const MISS_FILLS_MAX: usize = 64;
+
+/// Content of a chunk in the snapshot.
+#[derive(Clone)]
+enum Content {
+    Zero,
+    Data(ChunkData),
+}
+
+impl Content {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Content::Zero => &[],
+            Content::Data(data) => data,
+        }
+    }
+}
+
+/// A byte range inside the device.
+#[derive(Clone, Copy)]
+pub(super) struct ByteRange {
+    offset: u64,
+    len: u64,
+}
+
+impl ByteRange {
+    fn check<P: Platform>(volume: &Volume<P>, offset: u64, len: u64) -> Result<ByteRange> {
+        let block = u64::from(LOGICAL_BLOCK_BYTES);
+        let name = &*volume.spec.name;
+        if offset % block != 0 || len % block != 0 || len == 0 {
+            let message = format!("volume {name:?}: offset {offset} or length {len} is not a positive multiple of 512");
+            return Err(Error::new(Status::Misaligned, message));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > volume.spec.size_bytes) {
+            let size = volume.spec.size_bytes;
+            let message = format!("volume {name:?}: offset {offset} length {len} is past the end of {size} bytes");
+            return Err(Error::new(Status::OutOfRange, message));
+        }
+        Ok(ByteRange { offset, len })
+    }
+
+    fn end(self) -> u64 {
+        self.offset + self.len
+    }
+
+    fn sectors(self) -> SectorRange {
+        SectorRange::covering(self.offset, self.len)
+    }
+
+    fn chunks<P: Platform>(self, volume: &Volume<P>) -> RangeInclusive<u32> {
+        let map = volume.map.borrow();
+        let sectors = self.sectors();
+        map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1)
+    }
+}
+
+impl<P: Platform, O: ObjectStore> Shard<P, O> {
+    /// The volume, if the request's generation is its current one (P7).
+    pub(super) fn writer(&self, id: VolumeId, generation: u64) -> Result<Rc<Volume<P>>> {
+        let volume = self.volume(id)?;
+        self.check_generation(&volume, generation)?;
+        Ok(volume)
+    }
+
+    fn check_generation(&self, volume: &Volume<P>, generation: u64) -> Result<()> {
+        let (name, current) = (&*volume.spec.name, volume.generation.get());
+        if volume.deleted.get() {
+            return Err(Error::new(Status::UnknownVolume, format!("volume {name:?} was deleted")));
+        }
+        if generation < current {
+            self.0.counters.stale_generations.add(1);
+            let message =
+                format!("volume {name:?}: generation {generation} is fenced by {current}: another host attached");
+            return Err(Error::new(Status::StaleGeneration, message));
+        }
+        if generation > current || volume.attachments.get().is_none() {
+            let message = format!("volume {name:?} is not attached with generation {generation}");
+            return Err(Error::new(Status::NotAttached, message));
+        }
+        Ok(())
+    }
+
+    pub(super) async fn read(&self, id: VolumeId, generation: u64, offset: u64, len: u32) -> Result<Reply> {
+        let volume = self.writer(id, generation)?;
+        let range = ByteRange::check(&volume, offset, u64::from(len))?;
+        self.0.counters.guest_reads.add(1);
+        self.0.counters.guest_read_bytes.add(range.len);
+        volume.counters.reads.add(1);
+        volume.counters.read_bytes.add(range.len);
+        let mut out = vec![0; len as usize];
+        if volume.map.borrow().is_resident(range.sectors()) {
+            self.read_resident(&volume, range, &mut out).await?;
+            return Ok(Reply::Data(out));
+        }
+        self.0.counters.guest_read_misses.add(1);
+        volume.counters.read_misses.add(1);
+        let contents = self.contents(&volume, range, FetchClass::Priority).await?;
+        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
+        // Residency is looked up again now: what guests wrote while the chunks were fetched is in the file.
+        let runs = volume.map.borrow().runs(range.sectors());
+        for run in runs {
+            let (mut at, end) = ((run.start * SECTOR).max(offset), (run.end * SECTOR).min(range.end()));
+            if run.resident {
+                let piece = ByteRange { offset: at, len: end - at };
+                self.read_resident(&volume, piece, &mut out[(at - offset) as usize..(end - offset) as usize]).await?;
+                continue;
+            }
+            while at < end {
+                let chunk = (at / chunk_bytes) as u32;
+                let stop = end.min((u64::from(chunk) + 1) * chunk_bytes);
+                let content = find(&contents, chunk);
+                let target = &mut out[(at - offset) as usize..(stop - offset) as usize];
+                copy_padded(target, content.bytes(), (at % chunk_bytes) as usize);
+                at = stop;
+            }
+        }
+        for (chunk, content) in contents {
+            self.fill_behind(&volume, chunk, content);
+        }
+        Ok(Reply::Data(out))
+    }
+
+    async fn read_resident(&self, volume: &Volume<P>, range: ByteRange, out: &mut [u8]) -> Result<()> {
+        let sectors = range.sectors();
+        let buf = volume.read_sectors(sectors).await?;
+        let from = (range.offset - sectors.start * SECTOR) as usize;
+        out.copy_from_slice(&buf[from..from + out.len()]);
+        Ok(())
+    }
+
+    /// The snapshot's content of every chunk of the range that is not wholly resident.
+    async fn contents(
+        &self,
+        volume: &Rc<Volume<P>>,
+        range: ByteRange,
+        class: FetchClass,
+    ) -> Result<Vec<(u32, Content)>> {
+        let absent: Vec<u32> = {
+            let map = volume.map.borrow();
+            range.chunks(volume).filter(|chunk| !map.is_chunk_resident(*chunk)).collect()
+        };
+        let limit = self.0.config.guest_deadline;
+        match within(&self.0.platform, limit, self.chunk_contents(volume, absent, class)).await {
+            Some(found) => found,
+            None => {
+                let message = format!(
+                    "volume {:?}: no data from the object store within {} ms",
+                    &*volume.spec.name,
+                    limit.as_millis()
+                );
+                self.0.counters.event(self.0.platform.wall_clock_ms(), &message);
+                Err(Error::new(Status::DeadlineExceeded, message))
+            }
+        }
+    }
+
+    async fn chunk_contents(
+        &self,
+        volume: &Rc<Volume<P>>,
+        chunks: Vec<u32>,
+        class: FetchClass,
+    ) -> Result<Vec<(u32, Content)>> {
+        if chunks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let manifest = self.manifest_of(volume).await?;
+        let (zero, stored): (Vec<u32>, Vec<u32>) = chunks.into_iter().partition(|chunk| is_zero(&manifest, *chunk));
+        let mut contents: Vec<_> = zero.into_iter().map(|chunk| (chunk, Content::Zero)).collect();
+        let sources: Vec<_> = stored
+            .iter()
+            .map(|chunk| ChunkSource::of(&manifest, *chunk).expect("zero chunks were sorted out"))
+            .collect();
+        for (chunk, data) in stored.into_iter().zip(self.fetch(sources, class).await) {
+            contents.push((chunk, Content::Data(data?)));
+        }
+        Ok(contents)
+    }
+
+    /// Fetches chunks through the shards that own them, in the order asked.
+    pub(super) async fn fetch(&self, sources: Vec<ChunkSource>, class: FetchClass) -> Vec<Result<ChunkData>> {
+        let mut by_owner: Vec<Vec<_>> = (0..self.0.config.shards).map(|_| Vec::new()).collect();
+        let mut answers = Vec::with_capacity(sources.len());
+        for source in sources {
+            let (sender, receiver) = flume::bounded(1);
+            by_owner[source.owner(self.0.config.shards)].push((source, sender));
+            answers.push(receiver);
+        }
+        for (owner, wanted) in by_owner.into_iter().enumerate() {
+            if wanted.is_empty() {
+                continue;
+            }
+            if owner == self.0.config.shard {
+                self.0.transfer.fetch(wanted, class);
+            } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::Fetch { wanted, class }) {
+                // The senders inside the message are gone: the answers below say so.
+                self.0.counters.requests_refused_busy.add(1);
+                tracing::debug!(%error, "fetch not sent");
+            }
+        }
+        let stopped = |_| Err(Error::new(Status::Busy, "the shard that fetches the chunk is overloaded or stopping"));
+        let answers = join_all(answers.iter().map(|answer| answer.recv_async())).await;
+        answers.into_iter().map(|answer| answer.unwrap_or_else(stopped)).collect()
+    }
+
+    /// Fills the volume behind an answered read: at once while the store's hydration share lasts, else the hydrator
+    /// owes it and later misses are answered from the cache again.
+    fn fill_behind(&self, volume: &Rc<Volume<P>>, chunk: u32, content: Content) {
+        let store = &self.0.stores[volume.store];
+        let bytes = content.bytes().len() as u64;
+        let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
+        if over || store.budget.borrow_mut().take(bytes, self.0.platform.now()).is_err() {
+            self.0.counters.fills_deferred.add(1);
+            volume.hydration.borrow_mut().owed.insert(chunk);
+            self.wake_hydrator(volume);
+            return;
+        }
+        self.0.miss_fills.set(self.0.miss_fills.get() + 1);
+        let (shard, volume) = (self.clone(), volume.clone());
+        self.0.platform.spawn(Queue::Serve, async move {
+            if let Err(error) = shard.fill(&volume, chunk, &content).await {
+                shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
+                volume.hydration.borrow_mut().owed.insert(chunk);
+                shard.wake_hydrator(&volume);
+            }
+            shard.0.miss_fills.set(shard.0.miss_fills.get() - 1);
+        });
+    }
+
+    async fn fill(&self, volume: &Rc<Volume<P>>, chunk: u32, content: &Content) -> Result<()> {
+        match content {
+            Content::Zero => volume.fill_zero(chunk..=chunk).await,
+            Content::Data(data) => self.fill_data(volume, chunk, data).await,
+        }
+    }
+
+    pub(super) async fn fill_data(&self, volume: &Rc<Volume<P>>, chunk: u32, data: &ChunkData) -> Result<()> {
+        if volume.deleted.get() {
+            return Ok(());
+        }
+        let written = volume.fill(chunk, data).await?;
+        if written > 0 {
+            self.0.counters.filled_chunks.add(1);
+            self.0.counters.filled_bytes.add(written);
+            volume.hydration.borrow_mut().meter.add(written, self.0.platform.now());
+            self.note_dirty(volume);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn write(
+        &self,
+        id: VolumeId,
+        generation: u64,
+        offset: u64,
+        data: &[u8],
+        fua: bool,
+    ) -> Result<Reply> {
+        let volume = self.writer(id, generation)?;
+        let range = ByteRange::check(&volume, offset, data.len() as u64)?;
+        self.count_write(&volume, range.len);
+        self.write_range(&volume, generation, range, Some(data)).await?;
+        self.finish_write(&volume, fua).await
+    }
+
+    fn count_write(&self, volume: &Volume<P>, len: u64) {
+        self.0.counters.guest_writes.add(1);
+        self.0.counters.guest_written_bytes.add(len);
+        volume.counters.writes.add(1);
+        volume.counters.written_bytes.add(len);
+    }
+
+    async fn finish_write(&self, volume: &Rc<Volume<P>>, fua: bool) -> Result<Reply> {
+        if fua {
+            volume.sync(&self.0.journal, &self.0.counters).await?;
+        }
+        Ok(Reply::Done)
+    }
+
+    /// Writes `data` (`None`: zeroes) to a range of any alignment to 512 bytes.
+    async fn write_range(
+        &self,
+        volume: &Rc<Volume<P>>,
+        generation: u64,
+        range: ByteRange,
+        data: Option<&[u8]>,
+    ) -> Result<()> {
+        let sectors = range.sectors();
+        // The tail of the device's last sector is nobody's: a write up to the end needs no old content there.
+        let cut_head = range.offset % SECTOR != 0;
+        let cut_tail = range.end() % SECTOR != 0 && range.end() != volume.spec.size_bytes;
+        let mut edges = Vec::new();
+        if cut_head {
+            edges.push(sectors.start);
+        }
+        if cut_tail && (!cut_head || sectors.end - 1 != sectors.start) {
+            edges.push(sectors.end - 1);
+        }
+        let mut old = Vec::with_capacity(edges.len());
+        for sector in &edges {
+            if volume.map.borrow().is_sector_resident(*sector) {
+                continue;
+            }
+            let at = ByteRange { offset: sector * SECTOR, len: LOGICAL_BLOCK_BYTES.into() };
+            old.extend(self.contents(volume, at, FetchClass::Priority).await?);
+        }
+        let mode = if edges.is_empty() { Mode::Shared } else { Mode::Alone };
+        let _locks = volume.locks.lock_all(range.chunks(volume), mode).await;
+        let _writing = Writing::begin(volume);
+        // While the locks were awaited another host may have attached.
+        self.check_generation(volume, generation)?;
+        let mut buf = self.0.platform.alloc(((sectors.end - sectors.start) * SECTOR) as usize);
+        let len = buf.len();
+        buf[len - SECTOR as usize..].fill(0);
+        for sector in edges {
+            let place = ((sector - sectors.start) * SECTOR) as usize;
+            let target = &mut buf[place..place + SECTOR as usize];
+            self.old_sector(volume, sector, &old, target).await?;
+        }
+        let from = (range.offset - sectors.start * SECTOR) as usize;
+        let target = &mut buf[from..from + range.len as usize];
+        match data {
+            Some(data) => target.copy_from_slice(data),
+            None => target.fill(0),
+        }
+        volume.write_sectors(sectors.start, buf).await?;
+        volume.map.borrow_mut().mark_written(sectors);
+        self.note_dirty(volume);
+        volume.note_change();
+        Ok(())
+    }
+
+    /// What a sector holds before a write to a part of it; the caller has the chunk alone.
+    async fn old_sector(
+        &self,
+        volume: &Volume<P>,
+        sector: u64,
+        contents: &[(u32, Content)],
+        out: &mut [u8],
+    ) -> Result<()> {
+        let resident = volume.map.borrow().is_sector_resident(sector);
+        if resident {
+            out.copy_from_slice(&volume.read_sectors(SectorRange { start: sector, end: sector + 1 }).await?);
+            return Ok(());
+        }
+        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
+        let content = find(contents, (sector * SECTOR / chunk_bytes) as u32);
+        copy_padded(out, content.bytes(), (sector * SECTOR % chunk_bytes) as usize);
+        Ok(())
+    }
+
+    /// Discard and write-zeroes: whole sectors become holes, resident as zeroes; nothing is fetched for them. The edges
+    /// of a write-zeroes are written; those of a discard, which is advice, are left alone.
+    pub(super) async fn zero(
+        &self,
+        id: VolumeId,
+        generation: u64,
+        range: (u64, u64),
+        write_edges: bool,
+        fua: bool,
+    ) -> Result<Reply> {
+        let volume = self.writer(id, generation)?;
+        let range = ByteRange::check(&volume, range.0, range.1)?;
+        self.count_write(&volume, range.len);
+        let to_end = range.end() == volume.spec.size_bytes;
+        let inner_start = range.offset.next_multiple_of(SECTOR);
+        let inner_end = if to_end { range.end().next_multiple_of(SECTOR) } else { range.end() / SECTOR * SECTOR };
+        if inner_start >= inner_end {
+            if write_edges {
+                self.write_range(&volume, generation, range, None).await?;
+            }
+            return self.finish_write(&volume, fua).await;
+        }
+        if write_edges && range.offset < inner_start {
+            let head = ByteRange { offset: range.offset, len: inner_start - range.offset };
+            self.write_range(&volume, generation, head, None).await?;
+        }
+        let mut at = inner_start;
+        while at < inner_end {
+            let end = (at + ZERO_STEP_BYTES).min(inner_end);
+            self.punch(&volume, generation, SectorRange { start: at / SECTOR, end: end / SECTOR }).await?;
+            at = end;
+        }
+        if write_edges && inner_end < range.end() {
+            let tail = ByteRange { offset: inner_end, len: range.end() - inner_end };
+            self.write_range(&volume, generation, tail, None).await?;
+        }
+        self.finish_write(&volume, fua).await
+    }
+
+    async fn punch(&self, volume: &Rc<Volume<P>>, generation: u64, sectors: SectorRange) -> Result<()> {
+        let chunks = {
+            let map = volume.map.borrow();
+            map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1)
+        };
+        let _locks = volume.locks.lock_all(chunks, Mode::Shared).await;
+        let _writing = Writing::begin(volume);
+        self.check_generation(volume, generation)?;
+        volume.zero_sectors(sectors).await?;
+        volume.map.borrow_mut().mark_zeroed(sectors);
+        self.note_dirty(volume);
+        volume.note_change();
+        Ok(())
+    }
+
+    pub(super) async fn flush(&self, id: VolumeId, generation: u64) -> Result<Reply> {
+        let volume = self.writer(id, generation)?;
+        self.0.counters.guest_flushes.add(1);
+        volume.counters.flushes.add(1);
+        volume.sync(&self.0.journal, &self.0.counters).await?;
+        Ok(Reply::Done)
+    }
+
+    /// The hot request: a range that is resident already is one look-up.
+    pub(super) fn priority_fetch_now(
+        &self,
+        id: VolumeId,
+        offset: u64,
+        len: u64,
+        until: FetchUntil,
+    ) -> Option<Result<Reply>> {
+        let volume = self.volume(id).ok()?;
+        let range = ByteRange::check(&volume, offset, len).ok()?;
+        let map = volume.map.borrow();
+        let there = match until {
+            FetchUntil::Durable => map.is_durable(range.sectors()),
+            FetchUntil::Readable | FetchUntil::Resident => map.is_resident(range.sectors()),
+        };
+        if !there {
+            return None;
+        }
+        self.0.counters.priority_fetches.add(1);
+        self.0.counters.priority_fetch_hits.add(1);
+        volume.counters.priority_fetches.add(1);
+        Some(Ok(Reply::Done))
+    }
+
+    pub(super) async fn priority_fetch(&self, id: VolumeId, offset: u64, len: u64, until: FetchUntil) -> Result<Reply> {
+        let volume = self.volume(id)?;
+        let range = ByteRange::check(&volume, offset, len)?;
+        self.0.counters.priority_fetches.add(1);
+        volume.counters.priority_fetches.add(1);
+        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
+        let window_bytes = chunk_bytes * PREFETCH_WINDOW_CHUNKS as u64;
+        let mut at = range.offset;
+        while at < range.end() {
+            let end = range.end().min((at / window_bytes + 1) * window_bytes);
+            let window = ByteRange { offset: at, len: end - at };
+            let contents = self.contents(&volume, window, FetchClass::Priority).await?;
+            for (chunk, content) in contents {
+                if until == FetchUntil::Readable {
+                    self.fill_behind(&volume, chunk, content);
+                } else {
+                    // Charged, not asked: priority work never waits for the background's share.
+                    let bytes = content.bytes().len() as u64;
+                    self.0.stores[volume.store].budget.borrow_mut().charge(bytes, self.0.platform.now());
+                    self.fill(&volume, chunk, &content).await?;
+                }
+            }
+            at = end;
+        }
+        if until == FetchUntil::Durable && !volume.map.borrow().is_durable(range.sectors()) {
+            volume.sync(&self.0.journal, &self.0.counters).await?;
+        }
+        Ok(Reply::Done)
+    }
+}
+
+/// A chunk that became resident while others were fetched is in the file: only absent chunks are looked up here.
+fn find(contents: &[(u32, Content)], chunk: u32) -> &Content {
+    let found = contents.iter().find(|(c, _)| *c == chunk);
+    &found.expect("residency never shrinks: an absent chunk was fetched").1
+}
+
+/// A guest write in its I/O phase.
+struct Writing<'a, P: Platform>(&'a Volume<P>);
+
+impl<'a, P: Platform> Writing<'a, P> {
+    fn begin(volume: &'a Volume<P>) -> Self {
+        volume.writing.set(volume.writing.get() + 1);
+        Writing(volume)
+    }
+}
+
+impl<P: Platform> Drop for Writing<'_, P> {
+    fn drop(&mut self) {
+        self.0.writing.set(self.0.writing.get() - 1);
+        self.0.writes_done.wake_all();
+    }
+}

@@ -1,0 +1,291 @@
+//! Background hydration: one hydrator per volume store, round robin over its volumes, sector order within each.
+//!
+//! A volume gives one run of neighbouring chunks per turn; the runs in flight are bounded per store, their bytes are
+//! charged to the store's and the volume's token buckets, and work starts only while both are positive. Chunks that
+//! guests missed while the store's share was spent come before the sector order. Errors put the volume off with
+//! exponential back-off; the others go on.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::budget::TokenBucket;
+use crate::error::{Error, Result, Status};
+use crate::object_store::ObjectStore;
+use crate::platform::{Platform, Queue, Time};
+use crate::shard::Shard;
+use crate::shard::signal::{Signal, within};
+use crate::shard::volume::{Volume, is_zero};
+use crate::snapshot::Manifest;
+use crate::transfer::{ChunkSource, FetchClass};
+use crate::types::{HydrationRate, VolumeId};
+
+/// Bytes of one run: the largest merged GET, so a run is one or two requests.
+const RUN_BYTES: u64 = 4 << 20;
+/// Runs in flight per store and shard: enough to overlap fetch, verification and fill.
+const RUNS_MAX: usize = 4;
+/// Zero chunks made resident in one step; bounds how many chunk locks are held together.
+pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// A volume whose store is full or whose object store is gone is tried again this often at least.
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// A volume store as one shard sees it.
+pub struct Store {
+    pub label: Arc<str>,
+    /// Directory of the volume files.
+    pub volumes_dir: PathBuf,
+    /// This shard's part of the fixed hydration share, in bytes.
+    pub budget: RefCell<TokenBucket>,
+    pub(super) wake: Signal,
+    queue: RefCell<VecDeque<VolumeId>>,
+    queued: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
+    running: Cell<usize>,
+}
+
+impl Store {
+    pub fn new(label: Arc<str>, volumes_dir: PathBuf, budget: TokenBucket) -> Store {
+        Store {
+            label,
+            volumes_dir,
+            budget: RefCell::new(budget),
+            wake: Signal::default(),
+            queue: RefCell::default(),
+            queued: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(25, 26, 27, 28))),
+            running: Cell::new(0),
+        }
+    }
+}
+
+enum Next<P: Platform> {
+    Run(Rc<Volume<P>>, Vec<u32>),
+    /// Nothing to do before this time; `None`: before something changes.
+    Wait(Option<Time>),
+}
+
+enum Turn {
+    Run(Vec<u32>),
+    /// Not now: come back at this time, or when one of its runs ends.
+    Later(Option<Time>),
+    /// Nothing left that the hydrator should do.
+    Leave,
+}
+
+impl<P: Platform, O: ObjectStore> Shard<P, O> {
+    /// Puts the volume in its store's round, if it is not there.
+    pub(super) fn wake_hydrator(&self, volume: &Volume<P>) {
+        let store = &self.0.stores[volume.store];
+        if store.queued.borrow_mut().insert(volume.spec.id) {
+            store.queue.borrow_mut().push_back(volume.spec.id);
+        }
+        store.wake.wake_all();
+    }
+
+    pub(super) async fn hydrate_store(self, store: usize) {
+        let state = &self.0.stores[store];
+        while !self.0.stopping.get() {
+            let woken = state.wake.waiter();
+            match self.next_run(store) {
+                Next::Run(volume, chunks) => {
+                    state.running.set(state.running.get() + 1);
+                    let shard = self.clone();
+                    self.0.platform.spawn(Queue::Background, async move { shard.hydrate_run(volume, chunks).await });
+                    self.0.platform.yield_now().await;
+                }
+                Next::Wait(Some(until)) => {
+                    let pause = until.since(self.0.platform.now());
+                    within(&self.0.platform, pause, woken).await;
+                }
+                Next::Wait(None) => drop(woken.await),
+            }
+        }
+    }
+
+    fn next_run(&self, store: usize) -> Next<P> {
+        let state = &self.0.stores[store];
+        let now = self.0.platform.now();
+        if state.running.get() >= RUNS_MAX {
+            return Next::Wait(None);
+        }
+        let budget_wait = state.budget.borrow_mut().wait(now);
+        let mut earliest: Option<Time> = None;
+        let turns = state.queue.borrow().len();
+        for _ in 0..turns {
+            let Some(id) = state.queue.borrow_mut().pop_front() else { break };
+            let Ok(volume) = self.volume(id) else {
+                state.queued.borrow_mut().remove(&id);
+                continue;
+            };
+            if !budget_wait.is_zero() {
+                volume.hydration.borrow_mut().state = "store_budget";
+                state.queue.borrow_mut().push_front(id);
+                return Next::Wait(Some(now.after(budget_wait)));
+            }
+            match turn(&volume, now) {
+                Turn::Run(chunks) => {
+                    state.queue.borrow_mut().push_back(id);
+                    return Next::Run(volume, chunks);
+                }
+                Turn::Later(at) => {
+                    state.queue.borrow_mut().push_back(id);
+                    earliest = match (earliest, at) {
+                        (Some(a), Some(b)) => Some(a.min(b)),
+                        (a, b) => a.or(b),
+                    };
+                }
+                Turn::Leave => drop(state.queued.borrow_mut().remove(&id)),
+            }
+        }
+        Next::Wait(earliest)
+    }
+
+    async fn hydrate_run(self, volume: Rc<Volume<P>>, chunks: Vec<u32>) {
+        let result = self.hydrate_chunks(&volume, &chunks).await;
+        self.note_run(&volume, &chunks, result);
+        let store = &self.0.stores[volume.store];
+        store.running.set(store.running.get() - 1);
+        store.wake.wake_all();
+    }
+
+    async fn hydrate_chunks(&self, volume: &Rc<Volume<P>>, chunks: &[u32]) -> Result<()> {
+        let manifest = self.manifest_of(volume).await?;
+        let (zero, stored): (Vec<u32>, Vec<u32>) = chunks.iter().partition(|chunk| is_zero(&manifest, **chunk));
+        for run in zero.chunk_by(|a, b| a + 1 == *b) {
+            volume.fill_zero(run[0]..=run[run.len() - 1]).await?;
+            self.note_dirty(volume);
+        }
+        let bytes: u64 = stored.iter().map(|chunk| u64::from(manifest.chunk_len(*chunk))).sum();
+        let now = self.0.platform.now();
+        self.0.stores[volume.store].budget.borrow_mut().charge(bytes, now);
+        volume.hydration.borrow_mut().bucket.charge(bytes, now);
+        self.copy_chunks(volume, &manifest, stored).await
+    }
+
+    /// Copies what can be copied; the first error is told after the rest is done.
+    async fn copy_chunks(&self, volume: &Rc<Volume<P>>, manifest: &Manifest, chunks: Vec<u32>) -> Result<()> {
+        let sources = chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk)).collect();
+        let mut result = Ok(());
+        for (chunk, data) in chunks.into_iter().zip(self.fetch(sources, FetchClass::Background).await) {
+            let copied = match data {
+                Ok(data) => self.fill_data(volume, chunk, &data).await,
+                Err(error) => Err(error),
+            };
+            result = result.and(copied);
+            self.0.platform.yield_now().await;
+        }
+        result
+    }
+
+    fn note_run(&self, volume: &Rc<Volume<P>>, chunks: &[u32], result: Result<()>) {
+        let now = self.0.platform.now();
+        let mut hydration = volume.hydration.borrow_mut();
+        for chunk in chunks {
+            hydration.running.remove(chunk);
+        }
+        let Err(error) = result else {
+            hydration.failures = 0;
+            hydration.state = if volume.hydrated.get() { "done" } else { "running" };
+            hydration.last_error = None;
+            if volume.map.borrow().is_full() {
+                drop(hydration);
+                self.finish_hydration(volume.clone());
+            }
+            return;
+        };
+        if hydration.failures == 0 {
+            let message = format!("hydration of volume {:?} waits: {error}", &*volume.spec.name);
+            self.0.counters.event(self.0.platform.wall_clock_ms(), &message);
+        }
+        hydration.failures = (hydration.failures + 1).min(16);
+        let backoff = (BACKOFF_MIN * 2_u32.pow(hydration.failures - 1)).min(BACKOFF_MAX);
+        let jitter = backoff.mul_f64(self.0.platform.random_u64() as f64 / u64::MAX as f64 / 4.0);
+        hydration.not_before = now.after(backoff + jitter);
+        hydration.state = waiting_on(&error);
+        // A corrupt chunk must not hold up the rest: the sector order comes back to it after the others.
+        if error.status != Status::Corrupt {
+            hydration.cursor = hydration.cursor.min(chunks[0]);
+        }
+        hydration.last_error = Some(error.message);
+    }
+
+    /// Everything is in the volume: make it durable now, rather than at the next upkeep.
+    fn finish_hydration(&self, volume: Rc<Volume<P>>) {
+        let shard = self.clone();
+        self.0.platform.spawn(Queue::Background, async move {
+            if let Err(error) = volume.sync(&shard.0.journal, &shard.0.counters).await {
+                shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
+                shard.note_dirty(&volume);
+            }
+        });
+    }
+}
+
+fn waiting_on(error: &Error) -> &'static str {
+    match error.status {
+        Status::NoSpace => "store_full",
+        Status::Io => "store_failed",
+        Status::Corrupt => "corrupt",
+        _ => "object_store",
+    }
+}
+
+/// What the hydrator may do for a volume now. Chooses the run and marks its chunks as running.
+fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
+    let map = volume.map.borrow();
+    let mut hydration = volume.hydration.borrow_mut();
+    if volume.deleted.get() || map.is_full() {
+        hydration.owed.clear();
+        return Turn::Leave;
+    }
+    if now < hydration.not_before {
+        return Turn::Later(Some(hydration.not_before));
+    }
+    while let Some(owed) = hydration.owed.pop_first() {
+        if !map.is_chunk_resident(owed) && hydration.running.insert(owed) {
+            return Turn::Run(vec![owed]);
+        }
+    }
+    if hydration.rate == HydrationRate::None {
+        hydration.state = "paused";
+        return Turn::Leave;
+    }
+    let wait = hydration.bucket.wait(now);
+    if !wait.is_zero() {
+        hydration.state = "rate";
+        return Turn::Later(Some(now.after(wait)));
+    }
+    let Some(first) = next_chunk(volume, &map, &hydration) else { return Turn::Later(None) };
+    let manifest = volume.manifest();
+    let zero = |chunk: u32| manifest.as_ref().is_some_and(|m| is_zero(m, chunk));
+    let most = match zero(first) {
+        true => ZERO_RUN_CHUNKS_MAX,
+        false => u32::try_from(RUN_BYTES / u64::from(volume.spec.chunk_bytes)).unwrap_or(1).max(1),
+    };
+    let end = first.saturating_add(most).min(map.chunks());
+    let wanted = |c: &u32| !map.is_chunk_resident(*c) && !hydration.running.contains(c) && zero(*c) == zero(first);
+    let chunks: Vec<u32> = (first..end).take_while(wanted).collect();
+    hydration.running.extend(chunks.iter().copied());
+    hydration.cursor = first + chunks.len() as u32;
+    hydration.state = "running";
+    Turn::Run(chunks)
+}
+
+/// The next chunk in sector order that is neither resident nor on its way; wraps once.
+fn next_chunk<P: Platform>(
+    volume: &Volume<P>,
+    map: &crate::shard::residency::ResidencyMap,
+    hydration: &crate::shard::volume::Hydration,
+) -> Option<u32> {
+    let from = |start: u32| {
+        let mut chunk = map.next_absent_chunk(start);
+        while let Some(c) = chunk.filter(|c| hydration.running.contains(c)) {
+            chunk = map.next_absent_chunk(c + 1);
+        }
+        chunk
+    };
+    debug_assert_eq!(map.chunks(), volume.spec.chunks());
+    from(hydration.cursor).or_else(|| from(0))
+}

@@ -1,0 +1,105 @@
+//! What a shard does by itself, off the data path: periodic syncs, checkpoints, closing idle files, stopping.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures::stream::{FuturesUnordered, StreamExt};
+
+use crate::object_store::ObjectStore;
+use crate::platform::Platform;
+use crate::shard::Shard;
+use crate::shard::signal::within;
+use crate::shard::volume::Volume;
+
+const TICK: Duration = Duration::from_secs(1);
+/// Residency that no guest flush has made durable is at most this old: what a crash costs in hydration done again.
+const SYNC_EVERY_TICKS: u64 = 10;
+/// Syncs of different volumes in flight: the disk merges them, the guests still come first.
+const SYNCS_MAX: usize = 8;
+/// Idle files are closed this often.
+const CLOSE_EVERY_TICKS: u64 = 60;
+/// In-flight requests get this long to end when the server stops.
+const DRAIN_MAX: Duration = Duration::from_secs(8);
+
+impl<P: Platform, O: ObjectStore> Shard<P, O> {
+    /// Remembers that the volume has something the next upkeep should make durable.
+    pub(super) fn note_dirty(&self, volume: &Rc<Volume<P>>) {
+        self.0.dirty.borrow_mut().insert(volume.spec.id);
+    }
+
+    pub(super) async fn upkeep(self) {
+        let mut tick = 0_u64;
+        while !self.0.stopping.get() {
+            self.0.platform.sleep(TICK).await;
+            tick += 1;
+            if tick.is_multiple_of(SYNC_EVERY_TICKS) {
+                self.sync_dirty().await;
+            }
+            if tick.is_multiple_of(CLOSE_EVERY_TICKS) {
+                self.close_idle().await;
+            }
+            if self.0.journal.checkpoint_due() && !self.0.stopping.get() {
+                self.checkpoint().await;
+            }
+        }
+    }
+
+    async fn sync_dirty(&self) {
+        let mut ids: Vec<_> = self.0.dirty.borrow_mut().drain().collect();
+        ids.sort_unstable();
+        let mut running = FuturesUnordered::new();
+        for id in ids {
+            let Ok(volume) = self.volume(id) else { continue };
+            if running.len() >= SYNCS_MAX {
+                running.next().await;
+            }
+            let shard = self.clone();
+            running.push(async move {
+                if let Err(error) = volume.sync(&shard.0.journal, &shard.0.counters).await {
+                    shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
+                    shard.note_dirty(&volume);
+                }
+            });
+        }
+        while running.next().await.is_some() {}
+    }
+
+    async fn close_idle(&self) {
+        for volume in self.volumes() {
+            let idle = volume.attachments.get().is_none_or(|n| n == 0) && !volume.needs_sync();
+            if idle && volume.hydration.borrow().running.is_empty() {
+                volume.close_file().await;
+            }
+        }
+    }
+
+    async fn checkpoint(&self) {
+        let mut volumes = self.volumes().into_iter();
+        let next = || volumes.by_ref().find(|v| !v.deleted.get()).map(|v| v.durable_state());
+        match self.0.journal.checkpoint(next).await {
+            Ok(()) => self.0.counters.checkpoints.add(1),
+            Err(error) => self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message),
+        }
+    }
+
+    /// Clean stop: nothing new is taken, what is in flight ends (within a bound), everything is synced, the journal is
+    /// compacted and closed.
+    pub(super) async fn stop(&self) {
+        self.0.stopping.set(true);
+        self.0.stores.iter().for_each(|store| store.wake.wake_all());
+        self.volumes().iter().for_each(|volume| volume.changed.wake_all());
+        if within(&self.0.platform, DRAIN_MAX, self.0.drained.until(|| self.0.in_flight.get() == 0)).await.is_none() {
+            tracing::warn!(in_flight = self.0.in_flight.get(), "stopping with requests in flight");
+        }
+        self.sync_dirty().await;
+        self.checkpoint().await;
+        for volume in self.volumes() {
+            volume.close_file().await;
+        }
+        if let Err(error) = self.0.journal.clone().close().await {
+            tracing::warn!(%error, "closing the journal");
+        }
+        self.0.stopped.set(true);
+        self.0.drained.wake_all();
+    }
+}

@@ -1,0 +1,429 @@
+//! One volume: its file, its residency map, its generation, and the order data sync → journal record → answer.
+//!
+//! **Invariant (P1):** a residency record is captured before the data sync it depends on and appended after it.
+
+use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::budget::{RateMeter, TokenBucket};
+use crate::error::{Error, Result, Status};
+use crate::journal::{Journal, Record};
+use crate::platform::{File, OpenMode, Platform, Time};
+use crate::shard::hydrate::ZERO_RUN_CHUNKS_MAX;
+use crate::shard::locks::{ChunkLocks, Mode};
+use crate::shard::residency::{ResidencyMap, SectorRange};
+use crate::shard::signal::Signal;
+use crate::shard::stats::{Counter, Counters};
+use crate::snapshot::Manifest;
+use crate::types::{HydrationRate, SECTOR_BYTES, VolumeSpec, VolumeState};
+
+const SECTOR: u64 = SECTOR_BYTES as u64;
+
+/// File name extension of a volume that is being deleted.
+pub const SET_ASIDE: &str = "deleted";
+
+/// What guests did to one volume.
+#[derive(Default)]
+pub struct VolumeCounters {
+    pub reads: Counter,
+    pub read_bytes: Counter,
+    pub writes: Counter,
+    pub written_bytes: Counter,
+    pub flushes: Counter,
+    pub read_misses: Counter,
+    pub priority_fetches: Counter,
+}
+
+/// Background hydration of one volume, as the hydrator sees it.
+pub struct Hydration {
+    pub rate: HydrationRate,
+    pub bucket: TokenBucket,
+    /// Where the sector order goes on.
+    pub cursor: u32,
+    /// Chunks being fetched or filled by the hydrator now.
+    pub running: hashbrown::HashSet<u32, ahash::RandomState>,
+    /// Chunks that guests missed while the store's share was spent: served before the sector order.
+    pub owed: std::collections::BTreeSet<u32>,
+    /// Not before this time, after an error.
+    pub not_before: Time,
+    pub failures: u32,
+    pub state: &'static str,
+    pub last_error: Option<String>,
+    pub meter: RateMeter,
+}
+
+pub struct Volume<P: Platform> {
+    pub spec: VolumeSpec,
+    /// Index of the volume store among those configured.
+    pub store: usize,
+    pub map: RefCell<ResidencyMap>,
+    pub locks: Rc<ChunkLocks>,
+    pub generation: Cell<u64>,
+    /// Open attachments of the current generation; `None` once detached.
+    pub attachments: Cell<Option<u32>>,
+    /// Guest writes in their I/O phase; a new attach waits for them.
+    pub writing: Cell<u32>,
+    pub writes_done: Signal,
+    /// Residency changed, the volume was hydrated durably or deleted.
+    pub changed: Signal,
+    pub hydrated: Cell<bool>,
+    pub deleted: Cell<bool>,
+    pub hydration: RefCell<Hydration>,
+    pub counters: VolumeCounters,
+    manifest: RefCell<Option<Arc<Manifest>>>,
+    platform: P,
+    path: PathBuf,
+    file: RefCell<Option<P::File>>,
+    opening: futures::lock::Mutex<()>,
+    /// The journal speaks of data in the file: a file shorter than the volume has lost some.
+    has_durable_data: Cell<bool>,
+    /// Something was written since the last sync began.
+    unsynced: Cell<bool>,
+    syncing: futures::lock::Mutex<()>,
+    sync_arrivals: Cell<u64>,
+    sync_covered: Cell<u64>,
+    /// A failed data sync: what the disk holds is unknown, so nothing is acknowledged until a restart.
+    poisoned: RefCell<Option<Error>>,
+}
+
+impl<P: Platform> Volume<P> {
+    /// `residency`: `None` for a volume created just now, whose file is pristine.
+    ///
+    /// # Errors
+    /// `Corrupt` when the journal's residency does not fit the volume.
+    pub fn new(platform: &P, state: VolumeState, path: PathBuf, store: usize) -> Result<Volume<P>> {
+        let VolumeState { spec, generation, residency, hydrated } = state;
+        let now = platform.now();
+        // Half the range apart from any earlier life's version.
+        let mut map = ResidencyMap::new(spec.size_bytes, spec.chunk_bytes, platform.random_u64() >> 1);
+        if hydrated {
+            map.restore_hydrated();
+        } else {
+            let fits = map.restore(&residency);
+            fits.map_err(|e| Error::new(Status::Corrupt, format!("volume {:?}: journal: {e}", &*spec.name)))?;
+        }
+        let bucket = TokenBucket::new(bucket_rate(spec.rate), now);
+        let hydration = Hydration {
+            rate: spec.rate,
+            bucket,
+            cursor: 0,
+            running: hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(21, 22, 23, 24)),
+            owed: std::collections::BTreeSet::new(),
+            not_before: now,
+            failures: 0,
+            state: if hydrated { "done" } else { "running" },
+            last_error: None,
+            meter: RateMeter::default(),
+        };
+        let has_durable_data = Cell::new(hydrated || !residency.is_empty());
+        Ok(Volume {
+            has_durable_data,
+            spec,
+            store,
+            map: RefCell::new(map),
+            locks: Rc::default(),
+            generation: Cell::new(generation),
+            attachments: Cell::new(None),
+            writing: Cell::new(0),
+            writes_done: Signal::default(),
+            changed: Signal::default(),
+            hydrated: Cell::new(hydrated),
+            deleted: Cell::new(false),
+            hydration: RefCell::new(hydration),
+            counters: VolumeCounters::default(),
+            manifest: RefCell::new(None),
+            platform: platform.clone(),
+            path,
+            file: RefCell::new(None),
+            opening: futures::lock::Mutex::new(()),
+            unsynced: Cell::new(false),
+            syncing: futures::lock::Mutex::new(()),
+            sync_arrivals: Cell::new(0),
+            sync_covered: Cell::new(0),
+            poisoned: RefCell::new(None),
+        })
+    }
+
+    /// The manifest, if it has been loaded.
+    pub fn manifest(&self) -> Option<Arc<Manifest>> {
+        self.manifest.borrow().clone()
+    }
+
+    /// Gives the volume its manifest. In a `pristine` volume the zero chunks are resident at once: its file has holes.
+    pub fn set_manifest(&self, manifest: Arc<Manifest>, pristine: bool) {
+        if pristine {
+            let mut map = self.map.borrow_mut();
+            for chunk in 0..map.chunks() {
+                if is_zero(&manifest, chunk) {
+                    map.mark_zero_by_nature(chunk);
+                }
+            }
+        }
+        *self.manifest.borrow_mut() = Some(manifest);
+    }
+
+    pub fn set_rate(&self, rate: HydrationRate) {
+        let mut hydration = self.hydration.borrow_mut();
+        hydration.rate = rate;
+        hydration.bucket = TokenBucket::new(bucket_rate(rate), self.platform.now());
+    }
+
+    /// The rate is the only part of the spec that changes.
+    pub fn spec_now(&self) -> VolumeSpec {
+        VolumeSpec { rate: self.hydration.borrow().rate, ..self.spec.clone() }
+    }
+
+    /// Durable facts, for a checkpoint.
+    pub fn durable_state(&self) -> VolumeState {
+        let hydrated = self.hydrated.get();
+        let residency = if hydrated { Vec::new() } else { self.map.borrow().durable() };
+        VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated }
+    }
+
+    fn file_len(&self) -> u64 {
+        self.spec.size_bytes.next_multiple_of(SECTOR)
+    }
+
+    /// Creates the file of a new volume: sparse, a whole number of sectors long. The directory is synced by the caller,
+    /// once for all. The length of a blank volume is made durable here: no later sync of a fill will do it.
+    pub async fn create_file(&self) -> Result<()> {
+        let made = async {
+            let file = self.platform.open(&self.path, OpenMode::CreateNew).await?;
+            let sized = file.set_len(self.file_len()).await;
+            let done = if sized.is_ok() && self.hydrated.get() { file.datasync().await } else { sized };
+            file.close().await?;
+            done
+        };
+        made.await.map_err(|e| self.io_error("create", &e))
+    }
+
+    pub async fn remove_file(&self) -> Result<()> {
+        self.close_file().await;
+        match self.platform.remove_file(&self.path).await {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(self.io_error("remove", &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Renames the file of a volume that is being deleted to `<id>.deleted`.
+    pub async fn set_aside(&self) -> Result<()> {
+        self.close_file().await;
+        let renamed = self.platform.rename(&self.path, &self.path.with_extension(SET_ASIDE)).await;
+        match renamed {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(self.io_error("rename", &e)),
+            _ => Ok(()),
+        }
+    }
+
+    pub async fn remove_set_aside(&self) -> Result<()> {
+        match self.platform.remove_file(&self.path.with_extension(SET_ASIDE)).await {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(self.io_error("remove", &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Closes the file; the next access opens it again.
+    pub async fn close_file(&self) {
+        let file = self.file.borrow_mut().take();
+        if let Some(file) = file {
+            if let Err(e) = file.close().await {
+                tracing::warn!(volume = &*self.spec.name, error = %e, "closing the volume file");
+            }
+        }
+    }
+
+    fn io_error(&self, what: &str, error: &std::io::Error) -> Error {
+        Error::from_io(&format!("volume {:?}: {what} {}", &*self.spec.name, self.path.display()), error)
+    }
+
+    async fn file(&self) -> Result<P::File> {
+        if let Some(file) = self.file.borrow().as_ref() {
+            return Ok(file.clone());
+        }
+        let _one = self.opening.lock().await;
+        if let Some(file) = self.file.borrow().as_ref() {
+            return Ok(file.clone());
+        }
+        let opened = self.platform.open(&self.path, OpenMode::ReadWrite).await;
+        let file = opened.map_err(|e| self.io_error("open", &e))?;
+        let len = file.len().await.map_err(|e| self.io_error("stat", &e))?;
+        if len < self.file_len() {
+            if self.has_durable_data.get() {
+                let message = format!("volume {:?}: {} is truncated", &*self.spec.name, self.path.display());
+                return Err(Error::new(Status::Io, message));
+            }
+            // A crash right after the creation: the file is there, its length was not durable yet.
+            file.set_len(self.file_len()).await.map_err(|e| self.io_error("extend", &e))?;
+        }
+        *self.file.borrow_mut() = Some(file.clone());
+        Ok(file)
+    }
+
+    /// Reads whole sectors from the volume file.
+    pub async fn read_sectors(&self, range: SectorRange) -> Result<P::ReadBuf> {
+        let len = ((range.end - range.start) * SECTOR) as usize;
+        let read = self.file().await?.read_at(range.start * SECTOR, len).await;
+        let buf = read.map_err(|e| self.io_error("read", &e))?;
+        if buf.len() != len {
+            let message = format!("volume {:?}: {} is shorter than the volume", &*self.spec.name, self.path.display());
+            return Err(Error::new(Status::Io, message));
+        }
+        Ok(buf)
+    }
+
+    /// Writes whole sectors to the volume file. The caller holds the chunks' locks and marks the map afterwards.
+    pub async fn write_sectors(&self, start_sector: u64, buf: P::WriteBuf) -> Result<()> {
+        self.check_poison()?;
+        let file = self.file().await?;
+        self.unsynced.set(true);
+        let written = file.write_at(start_sector * SECTOR, buf).await;
+        self.unsynced.set(true);
+        written.map_err(|e| self.io_error("write", &e))
+    }
+
+    /// Makes sectors of the file read as zeroes. Locks and map as for writes.
+    pub async fn zero_sectors(&self, range: SectorRange) -> Result<()> {
+        self.check_poison()?;
+        let file = self.file().await?;
+        self.unsynced.set(true);
+        let punched = file.deallocate(range.start * SECTOR, (range.end - range.start) * SECTOR).await;
+        self.unsynced.set(true);
+        punched.map_err(|e| self.io_error("punch a hole into", &e))
+    }
+
+    fn check_poison(&self) -> Result<()> {
+        self.poisoned.borrow().clone().map_or(Ok(()), Err)
+    }
+
+    /// Writes the sectors of a chunk that are not resident, and only those. Returns the bytes written.
+    /// `content` is the chunk as in the snapshot; past its end (the tail of the device's last sector) are zeroes.
+    pub async fn fill(&self, chunk: u32, content: &[u8]) -> Result<u64> {
+        let _alone = self.locks.lock(chunk, Mode::Alone).await;
+        let (absent, whole) = {
+            let map = self.map.borrow();
+            (map.absent_runs(chunk), map.chunk_sectors(chunk))
+        };
+        let mut written = 0;
+        for run in absent {
+            let mut buf = self.platform.alloc(((run.end - run.start) * SECTOR) as usize);
+            copy_padded(&mut buf, content, ((run.start - whole.start) * SECTOR) as usize);
+            written += buf.len() as u64;
+            self.write_sectors(run.start, buf).await?;
+            self.map.borrow_mut().mark_written(run);
+        }
+        self.note_change();
+        Ok(written)
+    }
+
+    /// Makes absent sectors of zero chunks resident: nothing is fetched.
+    pub async fn fill_zero(&self, chunks: std::ops::RangeInclusive<u32>) -> Result<()> {
+        assert!((chunks.end() - chunks.start()) < ZERO_RUN_CHUNKS_MAX, "bounded by the caller");
+        let _alone = self.locks.lock_all(chunks.clone(), Mode::Alone).await;
+        let range = {
+            let map = self.map.borrow();
+            SectorRange { start: map.chunk_sectors(*chunks.start()).start, end: map.chunk_sectors(*chunks.end()).end }
+        };
+        let runs = self.map.borrow().runs(range);
+        for run in runs.iter().filter(|run| !run.resident) {
+            let absent = SectorRange { start: run.start, end: run.end };
+            self.zero_sectors(absent).await?;
+            self.map.borrow_mut().mark_zeroed(absent);
+        }
+        self.note_change();
+        Ok(())
+    }
+
+    pub fn note_change(&self) {
+        self.changed.wake_all();
+    }
+
+    pub fn needs_sync(&self) -> bool {
+        self.unsynced.get() || self.map.borrow().has_dirty()
+    }
+
+    /// Makes every write that completed before the call durable, together with the knowledge of it (P1).
+    /// Calls that wait together share one sync.
+    pub async fn sync(&self, journal: &Journal<P>, counters: &Counters) -> Result<()> {
+        let arrival = self.sync_arrivals.get() + 1;
+        self.sync_arrivals.set(arrival);
+        let _one = self.syncing.lock().await;
+        if self.sync_covered.get() >= arrival {
+            return self.check_poison();
+        }
+        self.check_poison()?;
+        let covers = self.sync_arrivals.get();
+        if self.needs_sync() {
+            counters.syncs.add(1);
+            self.sync_now(journal).await?;
+        }
+        self.sync_covered.set(covers);
+        Ok(())
+    }
+
+    async fn sync_now(&self, journal: &Journal<P>) -> Result<()> {
+        let was_unsynced = self.unsynced.replace(false);
+        let changes = self.map.borrow_mut().capture_dirty();
+        let synced = async {
+            if was_unsynced {
+                let file = self.file().await?;
+                if let Err(e) = file.datasync().await {
+                    return Err(self.poison(&e));
+                }
+            }
+            if !changes.is_empty() {
+                let lsn = journal.append(&Record::Residency { volume: self.spec.id, chunks: changes });
+                journal.commit(lsn).await?;
+                self.has_durable_data.set(true);
+            }
+            Ok(())
+        };
+        match synced.await {
+            Ok(()) => self.map.borrow_mut().sync_done(),
+            Err(error) => {
+                self.map.borrow_mut().sync_failed();
+                self.unsynced.set(true);
+                return Err(error);
+            }
+        }
+        if !self.hydrated.get() && self.map.borrow().is_full_and_durable() {
+            let lsn = journal.append(&Record::Hydrated { volume: self.spec.id });
+            journal.commit(lsn).await?;
+            self.hydrated.set(true);
+            self.hydration.borrow_mut().state = "done";
+            *self.manifest.borrow_mut() = None;
+            self.note_change();
+        }
+        Ok(())
+    }
+
+    fn poison(&self, error: &std::io::Error) -> Error {
+        let mut error = self.io_error("sync", error);
+        error.message += "; the volume takes no writes until volleyd is restarted";
+        *self.poisoned.borrow_mut() = Some(error.clone());
+        error
+    }
+}
+
+/// Whether a chunk of a volume has no data in its snapshot: a zero chunk, or past the snapshot's end.
+#[must_use]
+pub fn is_zero(manifest: &Manifest, chunk: u32) -> bool {
+    chunk >= manifest.chunk_count() || matches!(manifest.chunk(chunk), crate::snapshot::ChunkEntry::Zero)
+}
+
+/// Copies `content` from `from` into `buf`; zeroes where the content has ended.
+pub fn copy_padded(buf: &mut [u8], content: &[u8], from: usize) {
+    let have = content.len().saturating_sub(from).min(buf.len());
+    if have > 0 {
+        buf[..have].copy_from_slice(&content[from..from + have]);
+    }
+    buf[have..].fill(0);
+}
+
+fn bucket_rate(rate: HydrationRate) -> Option<u64> {
+    match rate {
+        HydrationRate::BytesPerSecond(rate) => Some(rate),
+        HydrationRate::Unlimited | HydrationRate::None => None,
+    }
+}

@@ -1,0 +1,195 @@
+//! The order of fetches on one shard. Plain synchronous core: no I/O, no clock.
+//!
+//! Priority before boot-set before background, first come first served within a class. At most one entry per chunk;
+//! a second request joins it and lends it its class (priority inheritance). Neighbours in a pack that wait in the
+//! queue are merged into one ranged GET. Background GETs leave slots free that only priority may use.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{ChunkSource, Digest};
+
+/// Order of urgency, most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FetchClass {
+    Priority,
+    BootSet,
+    Background,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    /// GETs in flight at once, of all classes.
+    pub gets_max: usize,
+    /// Of those, how many may be boot-set or background; the rest is reserved for priority.
+    pub gets_background_max: usize,
+    /// Largest merged GET.
+    pub get_bytes_max: u64,
+}
+
+impl Default for QueueLimits {
+    fn default() -> QueueLimits {
+        // 16 × 512 KiB covers the bandwidth-delay product of 2.5 Gbit/s at 25 ms; a quarter stays for priority.
+        QueueLimits { gets_max: 16, gets_background_max: 12, get_bytes_max: 4 << 20 }
+    }
+}
+
+/// One ranged GET and the chunks in it, in the order of their offsets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GetPlan {
+    pub class: FetchClass,
+    pub pack_key: Arc<str>,
+    pub range: Range<u64>,
+    pub sources: Vec<ChunkSource>,
+}
+
+impl GetPlan {
+    #[must_use]
+    pub fn single(source: ChunkSource) -> GetPlan {
+        let range = source.offset..source.offset + u64::from(source.stored_len);
+        GetPlan { class: FetchClass::Priority, pack_key: source.pack_key.clone(), range, sources: vec![source] }
+    }
+
+    /// Where chunk `i` lies in the answer.
+    #[must_use]
+    pub fn slice(&self, i: usize) -> Range<usize> {
+        let source = &self.sources[i];
+        let start = (source.offset - self.range.start) as usize;
+        start..start + source.stored_len as usize
+    }
+}
+
+struct Entry<W> {
+    source: ChunkSource,
+    waiters: Vec<W>,
+    /// `None`: in flight.
+    queued: Option<(FetchClass, u64)>,
+    /// The most urgent class of its waiters.
+    class: FetchClass,
+    /// A more urgent waiter joined while it was in flight.
+    promoted: bool,
+}
+
+/// `W` is whatever the shell uses to answer a waiter.
+pub struct FetchQueue<W> {
+    limits: QueueLimits,
+    entries: hashbrown::HashMap<Digest, Entry<W>, ahash::RandomState>,
+    order: BTreeMap<(FetchClass, u64), Digest>,
+    /// Queued chunks by place, to find neighbours.
+    places: BTreeMap<(Arc<str>, u64), Digest>,
+    sequence: u64,
+    in_flight: usize,
+    in_flight_background: usize,
+}
+
+impl<W> FetchQueue<W> {
+    #[must_use]
+    pub fn new(limits: QueueLimits) -> FetchQueue<W> {
+        assert!(limits.gets_background_max < limits.gets_max, "priority needs reserved slots");
+        FetchQueue {
+            limits,
+            entries: hashbrown::HashMap::with_hasher(ahash::RandomState::with_seeds(9, 10, 11, 12)),
+            order: BTreeMap::new(),
+            places: BTreeMap::new(),
+            sequence: 0,
+            in_flight: 0,
+            in_flight_background: 0,
+        }
+    }
+
+    #[must_use]
+    pub fn queued(&self) -> usize {
+        self.order.len()
+    }
+
+    #[must_use]
+    pub fn gets_in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Adds a waiter; `true` if the chunk was queued or in flight already. A more urgent class promotes it.
+    pub fn push(&mut self, source: ChunkSource, class: FetchClass, waiter: W) -> bool {
+        self.sequence += 1;
+        if let Some(entry) = self.entries.get_mut(&source.digest) {
+            entry.waiters.push(waiter);
+            entry.promoted |= entry.queued.is_none() && class < entry.class;
+            entry.class = entry.class.min(class);
+            if let Some(old) = entry.queued.filter(|(queued, _)| class < *queued) {
+                self.order.remove(&old);
+                entry.queued = Some((class, self.sequence));
+                self.order.insert((class, self.sequence), source.digest);
+            }
+            return true;
+        }
+        let digest = source.digest;
+        self.order.insert((class, self.sequence), digest);
+        self.places.insert((source.pack_key.clone(), source.offset), digest);
+        let queued = Some((class, self.sequence));
+        self.entries.insert(digest, Entry { source, waiters: vec![waiter], queued, class, promoted: false });
+        false
+    }
+
+    /// The next GET to start, or `None` when nothing may start now.
+    pub fn next_get(&mut self) -> Option<GetPlan> {
+        let (&(class, _), &digest) = self.order.iter().next()?;
+        let background = class != FetchClass::Priority;
+        if self.in_flight >= self.limits.gets_max
+            || (background && self.in_flight_background >= self.limits.gets_background_max)
+        {
+            return None;
+        }
+        self.in_flight += 1;
+        self.in_flight_background += usize::from(background);
+        let mut plan = GetPlan::single(self.start(&digest));
+        plan.class = class;
+        while self.extend(&mut plan) {}
+        Some(plan)
+    }
+
+    /// Takes the queued chunk right behind the plan's range into it, if it is at most as urgent and fits. Urgent work
+    /// takes only its own kind along: it must not wait for bytes nobody waits for.
+    fn extend(&mut self, plan: &mut GetPlan) -> bool {
+        let Some(digest) = self.places.get(&(plan.pack_key.clone(), plan.range.end)) else { return false };
+        let digest = *digest;
+        let entry = &self.entries[&digest];
+        let same_class = entry.queued.is_some_and(|(class, _)| class == plan.class);
+        let end = plan.range.end + u64::from(entry.source.stored_len);
+        if !same_class || end - plan.range.start > self.limits.get_bytes_max {
+            return false;
+        }
+        plan.range.end = end;
+        let source = self.start(&digest);
+        plan.sources.push(source);
+        true
+    }
+
+    fn start(&mut self, digest: &Digest) -> ChunkSource {
+        let entry = self.entries.get_mut(digest).expect("queued chunks have an entry");
+        let at = entry.queued.take().expect("started once");
+        self.order.remove(&at);
+        self.places.remove(&(entry.source.pack_key.clone(), entry.source.offset));
+        entry.source.clone()
+    }
+
+    /// Whether a more urgent waiter joined the chunk's fetch while it was in flight.
+    #[must_use]
+    pub fn is_promoted(&self, digest: &Digest) -> bool {
+        self.entries.get(digest).is_some_and(|entry| entry.promoted)
+    }
+
+    /// Ends the fetch of a chunk: the waiters to answer, also those that joined in flight.
+    pub fn take_waiters(&mut self, digest: &Digest) -> Vec<W> {
+        self.entries.remove(digest).map(|entry| entry.waiters).unwrap_or_default()
+    }
+
+    /// A GET ended: frees its slot.
+    pub fn get_done(&mut self, class: FetchClass) {
+        self.in_flight -= 1;
+        self.in_flight_background -= usize::from(class != FetchClass::Priority);
+    }
+}
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;
