@@ -330,7 +330,10 @@ fn take_spec(reader: &mut Reader<'_>) -> Result<VolumeSpec, &'static str> {
     if !chunk_bytes.is_power_of_two() || !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&chunk_bytes) {
         return Err("the chunk size is not a power of two from 64 KiB to 4 MiB");
     }
-    if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes.div_ceil(u64::from(chunk_bytes)) > u64::from(u32::MAX) {
+    if size_bytes == 0
+        || !size_bytes.is_multiple_of(512)
+        || size_bytes.div_ceil(u64::from(chunk_bytes)) > u64::from(u32::MAX)
+    {
         return Err("the device size is not a positive multiple of 512 within the limits");
     }
     let snapshot = (flags & FLAG_SNAPSHOT != 0).then_some(SnapshotRef { name: snapshot_name, id: snapshot_id });
