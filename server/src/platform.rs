@@ -93,6 +93,7 @@ pub trait Platform: Clone + 'static {
 
 /// An open file; clones are handles to the same file. Every implementation splits large requests itself
 /// (at most 1 MiB in one system call).
+#[allow(clippy::len_without_is_empty, reason = "a file's length is I/O, and nobody asks whether it is zero")]
 pub trait File: Clone + 'static {
     type WriteBuf;
     type ReadBuf;

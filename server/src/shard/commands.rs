@@ -111,11 +111,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Some(snapshot) => Some(self.load_manifest(snapshot).await?),
             None => None,
         };
-        if let Some(manifest) = &manifest {
-            if spec.size_bytes < manifest.size_bytes || spec.chunk_bytes != manifest.chunk_bytes {
-                let message = format!("volume {:?} does not fit snapshot {:?}", &*spec.name, manifest.name);
-                return Err(Error::new(Status::Invalid, message));
-            }
+        if let Some(manifest) = &manifest
+            && (spec.size_bytes < manifest.size_bytes || spec.chunk_bytes != manifest.chunk_bytes)
+        {
+            let message = format!("volume {:?} does not fit snapshot {:?}", &*spec.name, manifest.name);
+            return Err(Error::new(Status::Invalid, message));
         }
         let hydrated = manifest.is_none();
         let path = self.0.stores[store].volumes_dir.join(format!("{}.raw", spec.id));

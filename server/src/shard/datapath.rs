@@ -59,7 +59,7 @@ impl ByteRange {
     fn check<P: Platform>(volume: &Volume<P>, offset: u64, len: u64) -> Result<ByteRange> {
         let block = u64::from(LOGICAL_BLOCK_BYTES);
         let name = &*volume.spec.name;
-        if offset % block != 0 || len % block != 0 || len == 0 {
+        if !offset.is_multiple_of(block) || !len.is_multiple_of(block) || len == 0 {
             let message = format!("volume {name:?}: offset {offset} or length {len} is not a positive multiple of 512");
             return Err(Error::new(Status::Misaligned, message));
         }
@@ -318,8 +318,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     ) -> Result<()> {
         let sectors = range.sectors();
         // The tail of the device's last sector is nobody's: a write up to the end needs no old content there.
-        let cut_head = range.offset % SECTOR != 0;
-        let cut_tail = range.end() % SECTOR != 0 && range.end() != volume.spec.size_bytes;
+        let cut_head = !range.offset.is_multiple_of(SECTOR);
+        let cut_tail = !range.end().is_multiple_of(SECTOR) && range.end() != volume.spec.size_bytes;
         let mut edges = Vec::new();
         if cut_head {
             edges.push(sectors.start);

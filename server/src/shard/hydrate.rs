@@ -189,10 +189,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             hydration.failures = 0;
             hydration.state = if volume.hydrated.get() { "done" } else { "running" };
             hydration.last_error = None;
-            if volume.map.borrow().is_full() {
-                drop(hydration);
-                self.finish_hydration(volume.clone());
-            }
             return;
         };
         if hydration.failures == 0 {
@@ -209,17 +205,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             hydration.cursor = hydration.cursor.min(chunks[0]);
         }
         hydration.last_error = Some(error.message);
-    }
-
-    /// Everything is in the volume: make it durable now, rather than at the next upkeep.
-    fn finish_hydration(&self, volume: Rc<Volume<P>>) {
-        let shard = self.clone();
-        self.0.platform.spawn(Queue::Background, async move {
-            if let Err(error) = volume.sync(&shard.0.journal, &shard.0.counters).await {
-                shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
-                shard.note_dirty(&volume);
-            }
-        });
     }
 }
 

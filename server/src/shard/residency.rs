@@ -240,7 +240,7 @@ impl ResidencyMap {
     fn mark_in_chunk(&mut self, chunk: u32, whole: SectorRange, range: SectorRange, zeroed: bool) {
         let index = u64::from(chunk);
         let was_hole = bit(&self.holes, index);
-        if self.is_chunk_resident(chunk) && !(was_hole && !zeroed) {
+        if self.is_chunk_resident(chunk) && (zeroed || !was_hole) {
             if zeroed && range == whole && !was_hole {
                 set(&mut self.holes, index);
                 self.version += 1;

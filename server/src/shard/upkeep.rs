@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::stream::{FuturesUnordered, StreamExt};
 
 use crate::object_store::ObjectStore;
-use crate::platform::Platform;
+use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
 use crate::shard::signal::within;
 use crate::shard::volume::Volume;
@@ -22,9 +22,28 @@ const CLOSE_EVERY_TICKS: u64 = 60;
 const DRAIN_MAX: Duration = Duration::from_secs(8);
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
-    /// Remembers that the volume has something the next upkeep should make durable.
+    /// Remembers that the volume has something the next upkeep should make durable. If now everything is in the
+    /// volume, that is made durable at once.
     pub(super) fn note_dirty(&self, volume: &Rc<Volume<P>>) {
         self.0.dirty.borrow_mut().insert(volume.spec.id);
+        if !volume.hydrated.get() && volume.map.borrow().is_full() && !volume.finishing.replace(true) {
+            let (shard, volume) = (self.clone(), volume.clone());
+            self.0.platform.spawn(Queue::Background, async move {
+                shard.sync_volume(&volume).await;
+                volume.finishing.set(false);
+            });
+        }
+    }
+
+    /// A failure is noted and tried again by the next upkeep.
+    async fn sync_volume(&self, volume: &Rc<Volume<P>>) {
+        if volume.deleted.get() {
+            return;
+        }
+        if let Err(error) = volume.sync(&self.0.journal, &self.0.counters).await {
+            self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);
+            self.0.dirty.borrow_mut().insert(volume.spec.id);
+        }
     }
 
     pub(super) async fn upkeep(self) {
@@ -54,12 +73,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 running.next().await;
             }
             let shard = self.clone();
-            running.push(async move {
-                if let Err(error) = volume.sync(&shard.0.journal, &shard.0.counters).await {
-                    shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
-                    shard.note_dirty(&volume);
-                }
-            });
+            running.push(async move { shard.sync_volume(&volume).await });
         }
         while running.next().await.is_some() {}
     }

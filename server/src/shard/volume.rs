@@ -69,6 +69,8 @@ pub struct Volume<P: Platform> {
     /// Residency changed, the volume was hydrated durably or deleted.
     pub changed: Signal,
     pub hydrated: Cell<bool>,
+    /// Everything is resident and a task is making that durable.
+    pub finishing: Cell<bool>,
     pub deleted: Cell<bool>,
     pub hydration: RefCell<Hydration>,
     pub counters: VolumeCounters,
@@ -130,6 +132,7 @@ impl<P: Platform> Volume<P> {
             writes_done: Signal::default(),
             changed: Signal::default(),
             hydrated: Cell::new(hydrated),
+            finishing: Cell::new(false),
             deleted: Cell::new(false),
             hydration: RefCell::new(hydration),
             counters: VolumeCounters::default(),
@@ -227,10 +230,10 @@ impl<P: Platform> Volume<P> {
     /// Closes the file; the next access opens it again.
     pub async fn close_file(&self) {
         let file = self.file.borrow_mut().take();
-        if let Some(file) = file {
-            if let Err(e) = file.close().await {
-                tracing::warn!(volume = &*self.spec.name, error = %e, "closing the volume file");
-            }
+        if let Some(file) = file
+            && let Err(e) = file.close().await
+        {
+            tracing::warn!(volume = &*self.spec.name, error = %e, "closing the volume file");
         }
     }
 
@@ -340,7 +343,8 @@ impl<P: Platform> Volume<P> {
     }
 
     pub fn needs_sync(&self) -> bool {
-        self.unsynced.get() || self.map.borrow().has_dirty()
+        let map = self.map.borrow();
+        self.unsynced.get() || map.has_dirty() || (map.is_full() && !self.hydrated.get())
     }
 
     /// Makes every write that completed before the call durable, together with the knowledge of it (P1).
