@@ -1,0 +1,15 @@
+//! End-to-end tests: the real binaries, driven by clients we did not write, killed and restarted.
+//!
+//! One test binary, so that it links once. Every test has its own [`harness::Site`]: an object store, a node's data and
+//! sockets in temporary folders that go away with it, and processes that die with it.
+
+mod batch;
+mod boot;
+mod crash;
+mod errors;
+mod faults;
+mod foreign;
+mod harness;
+mod image_file;
+mod images;
+mod lifecycle;
