@@ -197,7 +197,7 @@ fn with_rng<T>(core: &Core, inode: &InodeRc, f: impl FnOnce(&mut Inode, &mut Sim
 /// The contract of direct I/O. A breach is a bug of the caller, which a real disk would refuse with EINVAL.
 fn check_direct(path: &Path, offset: u64, len: u64) {
     assert!(
-        offset % BLOCK == 0 && len % BLOCK == 0,
+        offset.is_multiple_of(BLOCK) && len.is_multiple_of(BLOCK),
         "{}: direct I/O of {len} bytes at {offset} is not aligned to {BLOCK}",
         path.display()
     );
