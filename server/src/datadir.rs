@@ -252,12 +252,17 @@ fn parse_id(path: &Path, text: &str) -> Result<u128> {
 
 fn random_id(path: &Path) -> Result<u128> {
     let mut bytes = [0; 16];
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).map_err(|error| DataDirError::Io {
+    random_bytes(&mut bytes).map_err(|error| DataDirError::Io {
         what: "no random id for",
         path: path.to_path_buf(),
         error,
     })?;
     Ok(u128::from_ne_bytes(bytes))
+}
+
+/// Fills `bytes` from the system's random source, for ids.
+pub(crate) fn random_bytes(bytes: &mut [u8]) -> io::Result<()> {
+    File::open("/dev/urandom")?.read_exact(bytes)
 }
 
 fn unix_ms() -> u64 {

@@ -3,9 +3,11 @@
 pub mod budget;
 pub mod cache;
 pub mod config;
+pub mod control;
 pub mod datadir;
 pub mod error;
 pub mod journal;
+pub mod metrics;
 pub mod object_store;
 pub mod platform;
 pub mod shard;

@@ -1,0 +1,146 @@
+//! The control thread: the HTTP/JSON API, metrics and the upkeep of snapshot references, on one ordinary tokio thread.
+//!
+//! It owns no volume: everything it knows it asks the shards for, by message, so reads, writes and priority fetches
+//! don't notice when it stalls. What it decides itself is which volumes a request makes, in which stores, and which
+//! snapshots this node holds a reference on. `docs/http-api.md` documents the routes.
+
+mod create;
+mod extract;
+mod node;
+mod problem;
+mod references;
+mod shards;
+mod snapshots;
+mod volumes;
+
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::{Duration, SystemTime};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::get;
+
+use crate::datadir::Store;
+use crate::shard::api::{Command, ShardMap};
+use crate::types::HydrationRate;
+
+use problem::Problem;
+use references::References;
+use shards::Shards;
+
+/// Largest request body: creation requests are a few hundred bytes.
+const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// What the control thread knows of its node.
+#[derive(Clone)]
+pub struct Settings {
+    pub node_id: u128,
+    pub data: PathBuf,
+    /// URL of the object store, for display.
+    pub object_store: String,
+    pub stores: Vec<Store>,
+    pub default_rate: HydrationRate,
+    /// Command channel of each shard, by shard number.
+    pub commands: Vec<flume::Sender<Command>>,
+    pub shard_map: ShardMap,
+}
+
+/// State of the control thread. A clone is another handle to it.
+#[derive(Clone)]
+pub struct Control(Arc<Inner>);
+
+struct Inner {
+    node_id: u128,
+    data: PathBuf,
+    object_store: String,
+    stores: Vec<Store>,
+    default_rate: HydrationRate,
+    shard_map: ShardMap,
+    shards: Shards,
+    started: SystemTime,
+    /// Round robin over the stores.
+    next_store: AtomicUsize,
+    /// Also serialises creation with the upkeep that drops unneeded references.
+    references: tokio::sync::Mutex<References>,
+    upkeep_due: tokio::sync::Notify,
+}
+
+impl Control {
+    #[must_use]
+    #[allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
+    pub fn new(settings: Settings) -> Control {
+        let Settings { node_id, data, object_store, stores, default_rate, commands, shard_map } = settings;
+        Control(Arc::new(Inner {
+            node_id,
+            data,
+            object_store,
+            stores,
+            default_rate,
+            shard_map,
+            shards: Shards::new(commands),
+            started: SystemTime::now(),
+            next_store: AtomicUsize::new(0),
+            references: tokio::sync::Mutex::new(References::default()),
+            upkeep_due: tokio::sync::Notify::new(),
+        }))
+    }
+
+    /// Serves the API until `stop` is ready. Requests in flight then may be cut off, but no creation is left half done.
+    ///
+    /// # Errors
+    /// The listener can't be used.
+    pub async fn serve(&self, listener: std::net::TcpListener, stop: impl Future<Output = ()>) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let server = axum::serve(listener, self.router());
+        futures::pin_mut!(stop);
+        tokio::select! {
+            served = server.into_future() => served?,
+            () = self.keep_references() => {}
+            () = &mut stop => {}
+        }
+        Ok(())
+    }
+
+    /// Stops all shards cleanly: a creation in progress finishes first, then every shard checkpoints.
+    ///
+    /// # Errors
+    /// Names the shards that had not stopped after `timeout`.
+    pub async fn stop_shards(&self, timeout: Duration) -> Result<(), String> {
+        let shards = &self.0.shards;
+        let stopped = tokio::time::timeout(timeout, async {
+            let _no_creation = self.0.references.lock().await;
+            shards.stop().await;
+        });
+        stopped.await.map_err(|_| format!("the shards did not stop within {timeout:?}"))
+    }
+
+    fn router(&self) -> Router {
+        Router::new()
+            .route("/healthz", get(node::health))
+            .route("/metrics", get(node::metrics))
+            .route("/v1/node", get(node::show))
+            .route("/v1/stores", get(node::list_stores))
+            .route("/v1/stores/{label}", get(node::show_store))
+            .route("/v1/images", get(snapshots::list))
+            .route("/v1/images/{name}", get(snapshots::show))
+            .route("/v1/snapshots", get(snapshots::list))
+            .route("/v1/snapshots/{name}", get(snapshots::show))
+            .route("/v1/volumes", get(volumes::list).post(create::create))
+            .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::set_rate))
+            .route("/v1/volumes/{name}/wait", get(volumes::wait))
+            .route("/v1/batches", get(volumes::list_batches))
+            .route("/v1/batches/{id}", get(volumes::show_batch))
+            .fallback(Problem::unknown_route)
+            .method_not_allowed_fallback(Problem::method_not_allowed)
+            .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+            .with_state(self.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests;

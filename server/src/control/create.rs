@@ -1,0 +1,280 @@
+//! `POST /v1/volumes`: one volume, or a batch of them, from a snapshot or blank. All of them are made, or none.
+#![allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use futures::future::join_all;
+use serde::{Deserialize, Serialize};
+use volley_protocol::name::check_name;
+
+use crate::datadir::random_bytes;
+use crate::error::{Result, Status};
+use crate::shard::api::Command;
+use crate::types::{
+    CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, HydrationRate, LOGICAL_BLOCK_BYTES, SnapshotRef, VolumeId,
+    VolumeSpec, batch_text,
+};
+use crate::units::ByteSize;
+
+use super::Control;
+use super::extract::Body;
+use super::problem::{Answer, Problem};
+
+/// More volumes in one request would only make an answer nobody can handle.
+const COUNT_MAX: u64 = 100_000;
+/// The largest file of ext4 with 4 KiB blocks is one block short of 16 TiB.
+const VOLUME_BYTES_MAX: u64 = (16 << 40) - (1 << 20);
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CreateRequest {
+    snapshot: Option<String>,
+    size_bytes: Option<u64>,
+    name: Option<String>,
+    name_prefix: Option<String>,
+    count: Option<u64>,
+    /// Number of the first volume of a batch.
+    start: Option<u64>,
+    rate: Option<HydrationRate>,
+    store: Option<String>,
+    chunk_bytes: Option<u32>,
+}
+
+#[derive(Serialize)]
+pub(super) struct Created {
+    batch: String,
+    snapshot: Option<String>,
+    size_bytes: u64,
+    volumes: Vec<CreatedVolume>,
+}
+
+#[derive(Serialize)]
+struct CreatedVolume {
+    id: String,
+    name: String,
+    store: String,
+}
+
+/// What all volumes of a request have in common.
+struct Template {
+    snapshot: Option<SnapshotRef>,
+    size_bytes: u64,
+    chunk_bytes: u32,
+}
+
+pub(super) async fn create(
+    State(control): State<Control>,
+    Body(request): Body<CreateRequest>,
+) -> Answer<(StatusCode, Json<Created>)> {
+    // A task of its own: a client that goes away must not stop a creation half-way.
+    let created = tokio::spawn(async move { control.create(request).await }).await;
+    let created = created.map_err(|e| Problem::new(Status::Internal, format!("creation failed: {e}")))??;
+    Ok((StatusCode::CREATED, Json(created)))
+}
+
+impl Control {
+    async fn create(&self, request: CreateRequest) -> Answer<Created> {
+        let names = names(&request)?;
+        check_shape(&request)?;
+        if let Some(label) = &request.store {
+            self.check_store(label)?;
+        }
+        // Until the shards know the volumes, upkeep must not drop the reference.
+        let mut references = self.0.references.lock().await;
+        let template = match &request.snapshot {
+            None => blank(&request)?,
+            Some(name) => {
+                let manifest = self.manifest(name).await?;
+                let template = from_snapshot(&request, name, manifest.id, manifest.size_bytes, manifest.chunk_bytes)?;
+                if !references.holds(name) {
+                    references.hold(self, name).await?;
+                    self.check_still_there(name, manifest.id).await?;
+                }
+                template
+            }
+        };
+        let specs = self.specs(&request, names, &template)?;
+        let created = Created {
+            batch: specs.first().and_then(|spec| spec.batch).map(batch_text).unwrap_or_default(),
+            snapshot: request.snapshot.clone(),
+            size_bytes: template.size_bytes,
+            volumes: specs.iter().map(CreatedVolume::new).collect(),
+        };
+        self.send(specs).await?;
+        drop(references);
+        tracing::info!(batch = created.batch, volumes = created.volumes.len(), snapshot = ?created.snapshot, "created");
+        Ok(created)
+    }
+
+    /// After the reference was written: either this sees a deletion, or the deletion sees the reference.
+    async fn check_still_there(&self, name: &str, id: u128) -> Answer<()> {
+        match self.manifest(name).await {
+            Ok(manifest) if manifest.id == id => Ok(()),
+            Ok(_) => Err(Problem::new(
+                Status::UnknownSnapshot,
+                format!("snapshot {name:?} was replaced meanwhile: try again"),
+            )),
+            Err(problem) => Err(problem),
+        }
+    }
+
+    fn specs(&self, request: &CreateRequest, names: Vec<String>, template: &Template) -> Answer<Vec<VolumeSpec>> {
+        let mut random = vec![0; (names.len() + 1) * 8];
+        random_bytes(&mut random)
+            .map_err(|e| Problem::new(Status::Internal, format!("no random numbers for volume ids: {e}")))?;
+        let mut random = random.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes));
+        let mut unique = || random.next().expect("one more than there are names");
+        let batch = unique();
+        let created_unix_ms = unix_ms();
+        let spec = |name: String| VolumeSpec {
+            id: VolumeId::new(&name, unique()),
+            name: Arc::from(name),
+            size_bytes: template.size_bytes,
+            chunk_bytes: template.chunk_bytes,
+            snapshot: template.snapshot.clone(),
+            store: self.pick_store(request.store.as_deref()),
+            rate: request.rate.unwrap_or(self.0.default_rate),
+            batch: Some(batch),
+            created_unix_ms,
+        };
+        Ok(names.into_iter().map(spec).collect())
+    }
+
+    fn pick_store(&self, wanted: Option<&str>) -> Arc<str> {
+        match wanted {
+            Some(label) => Arc::from(label),
+            None => {
+                let next = self.0.next_store.fetch_add(1, Ordering::Relaxed);
+                self.0.stores[next % self.0.stores.len()].label.clone()
+            }
+        }
+    }
+
+    fn check_store(&self, label: &str) -> Answer<()> {
+        if self.0.stores.iter().any(|store| *store.label == *label) {
+            return Ok(());
+        }
+        let labels: Vec<&str> = self.0.stores.iter().map(|store| &*store.label).collect();
+        Err(Problem::invalid(format!("store: no volume store {label:?} on this node, only {}", labels.join(", "))))
+    }
+
+    /// Gives every shard its volumes; when one refuses, the others' are removed again.
+    async fn send(&self, specs: Vec<VolumeSpec>) -> Answer<()> {
+        let shards = &self.0.shards;
+        let mut parts: Vec<Vec<VolumeSpec>> = vec![Vec::new(); shards.count()];
+        for spec in specs {
+            parts[spec.id.owner(shards.count())].push(spec);
+        }
+        let parts: Vec<(usize, Vec<VolumeSpec>)> =
+            parts.into_iter().enumerate().filter(|(_, specs)| !specs.is_empty()).collect();
+        let asked = parts.iter().map(|(shard, specs)| async {
+            let specs = specs.clone();
+            shards.ask(*shard, |reply| Command::CreateVolumes { specs, reply }).await.flatten()
+        });
+        let answers: Vec<Result<()>> = join_all(asked).await;
+        let Some(refused) = answers.iter().find_map(|answer| answer.as_ref().err()) else {
+            return Ok(());
+        };
+        let problem = Problem::from(refused.clone());
+        let made = parts.iter().zip(&answers).filter(|(_, answer)| answer.is_ok());
+        let names = made.flat_map(|((_, specs), _)| specs).map(|spec| spec.name.to_string()).collect();
+        match self.delete_all(names).await {
+            0 => Err(problem),
+            left => Err(problem.and(&format!("; {left} volumes of the request could not be removed again"))),
+        }
+    }
+
+    /// Deletes volumes; returns how many could not be.
+    async fn delete_all(&self, names: Vec<String>) -> usize {
+        let shards = &self.0.shards;
+        let deleted = join_all(names.into_iter().map(|name| async move {
+            let owner = shards.owner_of(&name);
+            shards.ask(owner, |reply| Command::DeleteVolume { name, force: true, reply }).await.flatten()
+        }));
+        let errors = deleted.await.into_iter().filter_map(Result::err);
+        errors.inspect(|error| tracing::error!(%error, "volume of a failed creation not removed")).count()
+    }
+}
+
+/// The names of all volumes of the request, checked.
+fn names(request: &CreateRequest) -> Answer<Vec<String>> {
+    let names = match (&request.name, &request.name_prefix) {
+        (Some(_), Some(_)) => return Err(Problem::invalid("name and name_prefix exclude each other")),
+        (None, None) => return Err(Problem::invalid("name or name_prefix must be given")),
+        (Some(_), None) if request.count.is_some() || request.start.is_some() => {
+            return Err(Problem::invalid("count and start go with name_prefix, not with name"));
+        }
+        (Some(name), None) => vec![name.clone()],
+        (None, Some(prefix)) => {
+            let count = request.count.unwrap_or(1);
+            if !(1..=COUNT_MAX).contains(&count) {
+                return Err(Problem::invalid(format!("count: {count} is not between 1 and {COUNT_MAX}")));
+            }
+            let start = request.start.unwrap_or(0);
+            let end = start.checked_add(count).ok_or_else(|| Problem::invalid("start: too large"))?;
+            (start..end).map(|number| format!("{prefix}{number}")).collect()
+        }
+    };
+    names.iter().try_for_each(|name| check_name(name).map_err(Problem::invalid))?;
+    Ok(names)
+}
+
+/// Everything that can be said about sizes without the snapshot.
+fn check_shape(request: &CreateRequest) -> Answer<()> {
+    if let Some(size) = request.size_bytes
+        && (size == 0 || size > VOLUME_BYTES_MAX || !size.is_multiple_of(u64::from(LOGICAL_BLOCK_BYTES)))
+    {
+        return Err(Problem::invalid(format!(
+            "size_bytes: {size} is not a multiple of {LOGICAL_BLOCK_BYTES} between {LOGICAL_BLOCK_BYTES} and {}",
+            ByteSize(VOLUME_BYTES_MAX)
+        )));
+    }
+    if let Some(chunk) = request.chunk_bytes
+        && (!chunk.is_power_of_two() || !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&chunk))
+    {
+        return Err(Problem::invalid(format!(
+            "chunk_bytes: {chunk} is not a power of two between {CHUNK_BYTES_MIN} and {CHUNK_BYTES_MAX}"
+        )));
+    }
+    Ok(())
+}
+
+fn blank(request: &CreateRequest) -> Answer<Template> {
+    let size_bytes = request.size_bytes.ok_or_else(|| Problem::invalid("snapshot or size_bytes must be given"))?;
+    Ok(Template { snapshot: None, size_bytes, chunk_bytes: request.chunk_bytes.unwrap_or(CHUNK_BYTES_DEFAULT) })
+}
+
+fn from_snapshot(
+    request: &CreateRequest,
+    name: &str,
+    id: u128,
+    image_bytes: u64,
+    chunk_bytes: u32,
+) -> Answer<Template> {
+    let size_bytes = request.size_bytes.unwrap_or(image_bytes);
+    if size_bytes < image_bytes {
+        return Err(Problem::invalid(format!(
+            "size {size_bytes} is smaller than the image ({image_bytes} bytes): give at least that, or no size"
+        )));
+    }
+    if request.chunk_bytes.is_some_and(|wanted| wanted != chunk_bytes) {
+        return Err(Problem::invalid(format!("chunk_bytes: the image has chunks of {chunk_bytes} bytes")));
+    }
+    Ok(Template { snapshot: Some(SnapshotRef { name: Arc::from(name), id }), size_bytes, chunk_bytes })
+}
+
+impl CreatedVolume {
+    fn new(spec: &VolumeSpec) -> CreatedVolume {
+        CreatedVolume { id: spec.id.to_string(), name: spec.name.to_string(), store: spec.store.to_string() }
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,45 @@
+//! Request parts of the API's handlers, whose rejections are problems like every other error.
+
+use axum::Json;
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::request::Parts;
+use serde::de::DeserializeOwned;
+
+use super::problem::Problem;
+
+/// A JSON body. Its errors name the field.
+pub(super) struct Body<T>(pub T);
+
+/// The query string.
+pub(super) struct Params<T>(pub T);
+
+/// The one variable segment of the path.
+pub(super) struct Segment(pub String);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let parsed: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
+        parsed.map(|Json(body)| Body(body)).map_err(|e| Problem::of_rejection(e.status(), e.body_text()))
+    }
+}
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let parsed: Result<Query<T>, QueryRejection> = Query::from_request_parts(parts, state).await;
+        parsed.map(|Query(params)| Params(params)).map_err(|e| Problem::of_rejection(e.status(), e.body_text()))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Segment {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let parsed: Result<Path<String>, PathRejection> = Path::from_request_parts(parts, state).await;
+        parsed.map(|Path(segment)| Segment(segment)).map_err(|e| Problem::of_rejection(e.status(), e.body_text()))
+    }
+}

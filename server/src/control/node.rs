@@ -1,0 +1,158 @@
+//! `/v1/node`, `/v1/stores`, `/healthz` and `/metrics`: the node itself.
+
+use std::collections::HashMap;
+use std::time::UNIX_EPOCH;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::IntoResponse;
+use serde::Serialize;
+
+use crate::datadir::Store;
+use crate::error::{Error, Status};
+use crate::metrics::{self, StoreGauges};
+use crate::shard::api::{Command, ShardStats};
+
+use super::Control;
+use super::extract::Segment;
+use super::problem::{Answer, Problem};
+
+#[derive(Serialize)]
+pub(super) struct Node {
+    node_id: String,
+    version: &'static str,
+    data: String,
+    object_store: String,
+    started_unix_ms: u64,
+    volumes: u64,
+    volumes_hydrated: u64,
+    volumes_attached: u64,
+    connections: u64,
+    shards: Vec<Shard>,
+    /// Recent events that name causes, oldest first.
+    events: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Shard {
+    shard: usize,
+    address: Option<String>,
+    volumes: u64,
+    volumes_hydrated: u64,
+    volumes_attached: u64,
+    connections: u64,
+}
+
+#[derive(Serialize)]
+pub(super) struct Stores {
+    stores: Vec<StoreStatus>,
+}
+
+#[derive(Serialize)]
+pub(super) struct StoreStatus {
+    label: String,
+    id: String,
+    path: String,
+    volumes: u64,
+    /// Of the filesystem the store is on.
+    capacity_bytes: u64,
+    free_bytes: u64,
+    /// Sum of the device sizes of its volumes; may exceed the capacity.
+    volume_bytes: u64,
+    /// `null` is unlimited.
+    hydration_bytes_per_second_max: Option<u64>,
+}
+
+pub(super) async fn health(State(control): State<Control>) -> Answer<&'static str> {
+    control.stats().await?;
+    Ok("ok\n")
+}
+
+pub(super) async fn show(State(control): State<Control>) -> Answer<Json<Node>> {
+    let stats = control.stats().await?;
+    let sum = |field: fn(&ShardStats) -> u64| stats.iter().map(field).sum();
+    let inner = &control.0;
+    Ok(Json(Node {
+        node_id: control.node_id_text(),
+        version: env!("CARGO_PKG_VERSION"),
+        data: inner.data.display().to_string(),
+        object_store: inner.object_store.clone(),
+        started_unix_ms: control.started_unix_ms(),
+        volumes: sum(|stats| stats.volumes),
+        volumes_hydrated: sum(|stats| stats.volumes_hydrated),
+        volumes_attached: sum(|stats| stats.volumes_attached),
+        connections: sum(|stats| stats.connections),
+        shards: stats.iter().map(|stats| Shard::new(stats, inner.shard_map.get(stats.shard).cloned())).collect(),
+        events: stats.iter().flat_map(|stats| stats.events.iter().cloned()).collect(),
+    }))
+}
+
+pub(super) async fn list_stores(State(control): State<Control>) -> Answer<Json<Stores>> {
+    let stores = control.store_status().await?;
+    Ok(Json(Stores { stores }))
+}
+
+pub(super) async fn show_store(State(control): State<Control>, Segment(label): Segment) -> Answer<Json<StoreStatus>> {
+    let found = control.store_status().await?.into_iter().find(|store| store.label == label);
+    found.map(Json).ok_or_else(|| Problem::not_found(format!("no volume store {label:?} on this node")))
+}
+
+pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoResponse> {
+    let stats = control.stats().await?;
+    let stores: Vec<StoreGauges> = control.0.stores.iter().filter_map(StoreGauges::of).collect();
+    let text = metrics::encode(&stats, &stores, control.started_unix_ms());
+    Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
+}
+
+impl Control {
+    async fn stats(&self) -> Answer<Vec<ShardStats>> {
+        Ok(self.0.shards.query_all(|reply| Command::Stats { reply }).await?)
+    }
+
+    fn started_unix_ms(&self) -> u64 {
+        let since = self.0.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    async fn store_status(&self) -> Answer<Vec<StoreStatus>> {
+        let volumes = self.all_volumes().await?;
+        let mut used: HashMap<&str, (u64, u64)> = HashMap::new();
+        for volume in &volumes {
+            let (count, bytes) = used.entry(&volume.store).or_default();
+            *count += 1;
+            *bytes += volume.size_bytes;
+        }
+        let status = |store: &Store| store_status(store, used.get(&*store.label).copied().unwrap_or_default());
+        self.0.stores.iter().map(status).collect()
+    }
+}
+
+fn store_status(store: &Store, (volumes, volume_bytes): (u64, u64)) -> Answer<StoreStatus> {
+    let space = metrics::space_of(&store.path).map_err(|e| {
+        Error::new(Status::Io, format!("volume store {:?} at {}: {e}", store.label, store.path.display()))
+    })?;
+    Ok(StoreStatus {
+        label: store.label.to_string(),
+        id: format!("{:032x}", store.id),
+        path: store.path.display().to_string(),
+        volumes,
+        capacity_bytes: space.total_bytes,
+        free_bytes: space.free_bytes,
+        volume_bytes,
+        hydration_bytes_per_second_max: store.hydration_bandwidth,
+    })
+}
+
+impl Shard {
+    fn new(stats: &ShardStats, address: Option<String>) -> Shard {
+        Shard {
+            shard: stats.shard,
+            address,
+            volumes: stats.volumes,
+            volumes_hydrated: stats.volumes_hydrated,
+            volumes_attached: stats.volumes_attached,
+            connections: stats.connections,
+        }
+    }
+}

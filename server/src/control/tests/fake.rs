@@ -1,0 +1,347 @@
+//! A node made of fake shards, served over a real socket.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::control::{Control, Settings};
+use crate::datadir::Store;
+use crate::error::{Error, Result, Status};
+use crate::object_store::{ObjectError, ObjectMeta};
+use crate::shard::api::{Command, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
+use crate::snapshot::{ChunkEntry, Manifest, SnapshotInfo, manifest_key};
+use crate::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeSpec, batch_text};
+
+pub(super) const NODE_ID: u128 = 0xabc;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The last shard refuses every creation.
+    StoreFull,
+    /// Every object operation fails.
+    ObjectStore,
+    /// The manifest is deleted at the moment the reference is written.
+    ManifestVanishesOnReference,
+}
+
+type Objects = BTreeMap<String, Vec<u8>>;
+
+#[derive(Default)]
+struct World {
+    volumes: Vec<BTreeMap<String, VolumeStatus>>,
+    objects: Objects,
+    fault: Option<Fault>,
+}
+
+#[derive(Default)]
+struct Shared {
+    world: Mutex<World>,
+    changed: Condvar,
+}
+
+pub(super) struct Node {
+    shared: Arc<Shared>,
+    commands: Vec<flume::Sender<Command>>,
+    base: String,
+    agent: ureq::Agent,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Node {
+    pub(super) fn start(shards: usize) -> Node {
+        Node::start_with(shards, |_| ())
+    }
+
+    pub(super) fn start_with(shards: usize, prepare: impl FnOnce(&mut Objects)) -> Node {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Arc::new(Shared::default());
+        {
+            let mut world = shared.world.lock().unwrap();
+            world.volumes = vec![BTreeMap::new(); shards];
+            prepare(&mut world.objects);
+        }
+        let mut threads = Vec::new();
+        let commands: Vec<_> = (0..shards)
+            .map(|shard| {
+                let (sender, receiver) = flume::bounded(64);
+                let shared = shared.clone();
+                threads.push(std::thread::spawn(move || serve_shard(&shared, shard, shards, &receiver)));
+                sender
+            })
+            .collect();
+        let store = |label: &str| Store {
+            label: Arc::from(label),
+            path: dir.path().to_path_buf(),
+            id: 1,
+            hydration_bandwidth: None,
+        };
+        let control = Control::new(Settings {
+            node_id: NODE_ID,
+            data: dir.path().to_path_buf(),
+            object_store: "file:/objects".to_string(),
+            stores: vec![store("a"), store("b")],
+            default_rate: HydrationRate::Unlimited,
+            commands: commands.clone(),
+            shard_map: Arc::from(vec!["127.0.0.1:1".to_string(); shards]),
+        });
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        threads.push(std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(control.serve(listener, async { drop(stopped.await) })).unwrap();
+        }));
+        let config = ureq::Agent::config_builder().http_status_as_error(false);
+        let agent = config.timeout_global(Some(Duration::from_secs(30))).build().into();
+        Node { shared, commands, base, agent, stop: Some(stop), threads, _dir: dir }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    pub(super) fn get(&self, path: &str) -> (u16, Value) {
+        json_of(self.agent.get(self.url(path)).call())
+    }
+
+    pub(super) fn delete(&self, path: &str) -> (u16, Value) {
+        json_of(self.agent.delete(self.url(path)).call())
+    }
+
+    pub(super) fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        json_of(self.agent.post(self.url(path)).send_json(body))
+    }
+
+    pub(super) fn patch(&self, path: &str, body: &Value) -> (u16, Value) {
+        json_of(self.agent.patch(self.url(path)).send_json(body))
+    }
+
+    pub(super) fn post_raw(&self, path: &str, content_type: &str, body: &str) -> (u16, Value) {
+        json_of(self.agent.post(self.url(path)).header("content-type", content_type).send(body))
+    }
+
+    pub(super) fn text(&self, path: &str) -> (u16, String) {
+        let mut response = self.agent.get(self.url(path)).call().unwrap();
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
+    }
+
+    pub(super) fn content_type(&self, path: &str) -> (String, Value) {
+        let mut response = self.agent.get(self.url(path)).call().unwrap();
+        let kind = response.headers()["content-type"].to_str().unwrap().to_string();
+        (kind, response.body_mut().read_json().unwrap())
+    }
+
+    pub(super) fn put_snapshot(&self, name: &str, size_bytes: u64) {
+        let chunks = size_bytes.div_ceil(u64::from(CHUNK_BYTES_DEFAULT)) as usize;
+        let info = SnapshotInfo {
+            id: 7,
+            name: name.to_string(),
+            size_bytes,
+            chunk_bytes: CHUNK_BYTES_DEFAULT,
+            parent: None,
+            created_unix_ms: 1,
+        };
+        let manifest = Manifest::new(info, Vec::new(), &vec![ChunkEntry::Zero; chunks]).unwrap();
+        self.put_object(&manifest_key(name), &manifest.encode());
+    }
+
+    pub(super) fn put_object(&self, key: &str, data: &[u8]) {
+        self.shared.world.lock().unwrap().objects.insert(key.to_string(), data.to_vec());
+    }
+
+    pub(super) fn fault(&self, fault: Fault) {
+        self.shared.world.lock().unwrap().fault = Some(fault);
+    }
+
+    pub(super) fn names(&self) -> Vec<String> {
+        let world = self.shared.world.lock().unwrap();
+        let mut names: Vec<String> = world.volumes.iter().flat_map(|volumes| volumes.keys().cloned()).collect();
+        names.sort();
+        names
+    }
+
+    pub(super) fn references(&self) -> Vec<String> {
+        let world = self.shared.world.lock().unwrap();
+        world.objects.keys().filter(|key| key.starts_with("refs/")).cloned().collect()
+    }
+
+    pub(super) fn hydrate(&self, name: &str) {
+        self.change(name, |volume| {
+            volume.hydrated = true;
+            volume.resident_bytes = volume.size_bytes;
+            volume.remaining_bytes = 0;
+        });
+    }
+
+    pub(super) fn attach(&self, name: &str) {
+        self.change(name, |volume| volume.attached = true);
+    }
+
+    fn change(&self, name: &str, change: impl FnOnce(&mut VolumeStatus)) {
+        let mut world = self.shared.world.lock().unwrap();
+        change(world.volumes.iter_mut().find_map(|volumes| volumes.get_mut(name)).unwrap());
+    }
+
+    /// Waits until the shards' world is as wanted.
+    pub(super) fn until(&self, what: &str, mut is: impl FnMut() -> bool) {
+        while !is() {
+            let world = self.shared.world.lock().unwrap();
+            let (world, waited) = self.shared.changed.wait_timeout(world, Duration::from_secs(10)).unwrap();
+            drop(world);
+            assert!(!waited.timed_out() || is(), "not within 10 s: {what}");
+        }
+    }
+
+    pub(super) fn stop_shards(&self) {
+        for shard in &self.commands {
+            let (reply, answer) = flume::bounded(1);
+            shard.send(Command::Stop { reply }).unwrap();
+            answer.recv().unwrap();
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.stop.take().unwrap().send(());
+        self.commands.clear();
+        for thread in self.threads.drain(..).rev() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn json_of(response: std::result::Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> (u16, Value) {
+    let mut response = response.unwrap();
+    let status = response.status().as_u16();
+    match status {
+        204 => (status, Value::Null),
+        _ => (status, response.body_mut().with_config().limit(1 << 28).read_json().unwrap()),
+    }
+}
+
+fn serve_shard(shared: &Shared, shard: usize, shards: usize, commands: &flume::Receiver<Command>) {
+    while let Ok(command) = commands.recv() {
+        let mut world = shared.world.lock().unwrap();
+        let full = world.fault == Some(Fault::StoreFull) && shard + 1 == shards;
+        match command {
+            Command::Stop { reply } => {
+                let _ = reply.send(());
+                return;
+            }
+            Command::CreateVolumes { reply, .. } if full => {
+                let _ = reply.send(Err(Error::new(Status::NoSpace, "store is full")));
+            }
+            Command::Objects { op, reply } => {
+                let _ = reply.send(object_op(&mut world, op));
+            }
+            other => volume_command(&mut world.volumes[shard], shard, other),
+        }
+        shared.changed.notify_all();
+    }
+}
+
+fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, command: Command) {
+    let unknown = |name: &str| Error::new(Status::UnknownVolume, format!("no volume {name:?}"));
+    let find = |volumes: &BTreeMap<String, VolumeStatus>, name: &str| volumes.get(name).cloned().ok_or(unknown(name));
+    match command {
+        Command::CreateVolumes { specs, reply } => drop(reply.send(create(volumes, shard, &specs))),
+        Command::VolumeStatus { name, reply } => drop(reply.send(find(volumes, &name))),
+        Command::ListVolumes { reply } => drop(reply.send(volumes.values().cloned().collect())),
+        Command::DeleteVolume { name, force, reply } => {
+            let deleted = find(volumes, &name).and_then(|volume| match volume.attached && !force {
+                true => Err(Error::new(Status::Conflict, format!("volume {name:?} is attached"))),
+                false => Ok(drop(volumes.remove(&name))),
+            });
+            let _ = reply.send(deleted);
+        }
+        Command::SetRate { name, rate, reply } => {
+            let volume = volumes.get_mut(&name).ok_or(unknown(&name));
+            let _ = reply.send(volume.map(|volume| volume.rate = rate.to_string()));
+        }
+        Command::WaitHydrated { name, reply, .. } => {
+            let waited = find(volumes, &name).and_then(|volume| match volume.hydrated {
+                true => Ok(volume),
+                false => Err(Error::new(Status::DeadlineExceeded, format!("volume {name:?} is not hydrated yet"))),
+            });
+            let _ = reply.send(waited);
+        }
+        Command::Stats { reply } => drop(reply.send(stats(volumes, shard))),
+        Command::Objects { .. } | Command::Stop { .. } => unreachable!("handled by the caller"),
+    }
+}
+
+fn stats(volumes: &BTreeMap<String, VolumeStatus>, shard: usize) -> ShardStats {
+    let needed = volumes.values().filter(|volume| !volume.hydrated).filter_map(|volume| volume.snapshot.clone());
+    ShardStats { shard, volumes: volumes.len() as u64, snapshots_needed: needed.collect(), ..ShardStats::default() }
+}
+
+fn create(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, specs: &[VolumeSpec]) -> Result<()> {
+    if let Some(taken) = specs.iter().find(|spec| volumes.contains_key(&*spec.name)) {
+        return Err(Error::new(Status::NameTaken, format!("volume {:?} exists", taken.name)));
+    }
+    volumes.extend(specs.iter().map(|spec| (spec.name.to_string(), status(spec, shard))));
+    Ok(())
+}
+
+fn status(spec: &VolumeSpec, shard: usize) -> VolumeStatus {
+    VolumeStatus {
+        id: spec.id.to_string(),
+        name: spec.name.to_string(),
+        size_bytes: spec.size_bytes,
+        chunk_bytes: spec.chunk_bytes,
+        snapshot: spec.snapshot.as_ref().map(|snapshot| snapshot.name.to_string()),
+        store: spec.store.to_string(),
+        rate: spec.rate.to_string(),
+        batch: spec.batch.map(batch_text),
+        created_unix_ms: spec.created_unix_ms,
+        shard,
+        generation: 0,
+        attached: false,
+        hydrated: false,
+        resident_bytes: 0,
+        remaining_bytes: spec.size_bytes,
+        eta_seconds: None,
+        hydration_bytes_per_second: 0,
+        hydration_state: "running".to_string(),
+        last_error: None,
+        reads: 0,
+        read_bytes: 0,
+        writes: 0,
+        written_bytes: 0,
+        flushes: 0,
+        read_misses: 0,
+        priority_fetches: 0,
+    }
+}
+
+fn object_op(world: &mut World, op: ObjectOp) -> std::result::Result<ObjectOpReply, ObjectError> {
+    if world.fault == Some(Fault::ObjectStore) {
+        return Err(ObjectError::Retry("unreachable".to_string()));
+    }
+    let objects = &mut world.objects;
+    match op {
+        ObjectOp::Get { key } => objects.get(&key).cloned().map(ObjectOpReply::Data).ok_or(ObjectError::NotFound(key)),
+        ObjectOp::Put { key, data } => {
+            if world.fault == Some(Fault::ManifestVanishesOnReference) {
+                objects.retain(|key, _| !key.starts_with("snapshots/"));
+            }
+            objects.insert(key, data);
+            Ok(ObjectOpReply::Done)
+        }
+        ObjectOp::Delete { key } => {
+            objects.remove(&key);
+            Ok(ObjectOpReply::Done)
+        }
+        ObjectOp::List { prefix } => {
+            let matching = objects.iter().filter(|(key, _)| key.starts_with(&prefix));
+            let meta =
+                |(key, data): (&String, &Vec<u8>)| ObjectMeta { key: key.clone(), size_bytes: data.len() as u64 };
+            Ok(ObjectOpReply::Listing(matching.map(meta).collect()))
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! `/metrics`: what the shards count, in the Prometheus text format 0.0.4.
+//!
+//! Names are `volley_<what>_<unit>`; the shards name and describe their own counters, this module only adds the label
+//! of the shard and what is known of the process.
+#![allow(clippy::disallowed_methods)] // Runs on the control thread, outside of the platform seam.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fmt::{Display, Write as _};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::datadir::Store;
+use crate::platform::SpaceInfo;
+use crate::shard::api::ShardStats;
+
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Space of one volume store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoreGauges {
+    pub label: String,
+    pub capacity_bytes: u64,
+    pub free_bytes: u64,
+}
+
+impl StoreGauges {
+    /// `None`, with a log line, when the file system can't be asked: metrics of the rest still matter.
+    #[must_use]
+    pub fn of(store: &Store) -> Option<StoreGauges> {
+        match space_of(&store.path) {
+            Ok(SpaceInfo { total_bytes, free_bytes }) => {
+                Some(StoreGauges { label: store.label.to_string(), capacity_bytes: total_bytes, free_bytes })
+            }
+            Err(error) => {
+                tracing::warn!(store = &*store.label, %error, "no space information");
+                None
+            }
+        }
+    }
+}
+
+/// Size of the file system at `path` and what an unprivileged process may still use of it.
+///
+/// # Errors
+/// Of `statvfs`.
+pub fn space_of(path: &Path) -> io::Result<SpaceInfo> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut info = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` is a nul-terminated string and `info` has room for one statvfs; both outlive the call.
+    if unsafe { libc::statvfs(path.as_ptr(), info.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: statvfs succeeded, so it filled the structure.
+    let info = unsafe { info.assume_init() };
+    Ok(SpaceInfo { total_bytes: info.f_blocks * info.f_frsize, free_bytes: info.f_bavail * info.f_frsize })
+}
+
+/// Encodes everything.
+#[must_use]
+pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], started_unix_ms: u64) -> String {
+    let mut out = String::with_capacity(16 << 10);
+    family(
+        &mut out,
+        "volley_build_info",
+        "gauge",
+        "Version of this server.",
+        [(format!("version=\"{}\"", env!("CARGO_PKG_VERSION")), 1)],
+    );
+    shard_gauge(&mut out, stats, "volley_volumes", "Volumes.", |s| s.volumes);
+    shard_gauge(&mut out, stats, "volley_volumes_hydrated", "Volumes whose every chunk is resident.", |s| {
+        s.volumes_hydrated
+    });
+    shard_gauge(&mut out, stats, "volley_volumes_attached", "Volumes that a host has attached.", |s| {
+        s.volumes_attached
+    });
+    shard_gauge(&mut out, stats, "volley_connections", "Open connections to the data port.", |s| s.connections);
+    reported(&mut out, stats, "counter", |s| &s.counters);
+    reported(&mut out, stats, "gauge", |s| &s.gauges);
+    let of_store = |value: fn(&StoreGauges) -> u64| {
+        stores.iter().map(move |s| (format!("store=\"{}\"", escape(&s.label)), value(s))).collect::<Vec<_>>()
+    };
+    let capacity = "Size of the file system of a volume store.";
+    family(&mut out, "volley_store_capacity_bytes", "gauge", capacity, of_store(|s| s.capacity_bytes));
+    let free = "Free bytes of the file system of a volume store.";
+    family(&mut out, "volley_store_free_bytes", "gauge", free, of_store(|s| s.free_bytes));
+    process(&mut out, started_unix_ms);
+    out
+}
+
+fn shard_gauge(out: &mut String, stats: &[ShardStats], name: &str, help: &str, value: fn(&ShardStats) -> u64) {
+    family(out, name, "gauge", help, stats.iter().map(|s| (shard_label(s), value(s))));
+}
+
+/// What the shards report by name, one family per name over all shards.
+fn reported(
+    out: &mut String,
+    stats: &[ShardStats],
+    kind: &str,
+    of: fn(&ShardStats) -> &Vec<(&'static str, &'static str, u64)>,
+) {
+    let mut families: BTreeMap<&str, (&str, Vec<(String, u64)>)> = BTreeMap::new();
+    for shard in stats {
+        for (name, help, value) in of(shard) {
+            families.entry(name).or_insert_with(|| (help, Vec::new())).1.push((shard_label(shard), *value));
+        }
+    }
+    for (name, (help, samples)) in families {
+        family(out, &format!("volley_{name}"), kind, help, samples);
+    }
+}
+
+fn shard_label(stats: &ShardStats) -> String {
+    format!("shard=\"{}\"", stats.shard)
+}
+
+fn process(out: &mut String, started_unix_ms: u64) {
+    let started = started_unix_ms as f64 / 1000.0;
+    plain(out, "process_start_time_seconds", "gauge", "Start of the process since the epoch.", started);
+    if let Some(bytes) = resident_memory_bytes() {
+        plain(out, "process_resident_memory_bytes", "gauge", "Resident memory of the process.", bytes);
+    }
+    if let Some(seconds) = cpu_seconds() {
+        plain(out, "process_cpu_seconds_total", "counter", "User and system time of the process.", seconds);
+    }
+    if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
+        plain(out, "process_open_fds", "gauge", "Open file descriptors.", files.count());
+    }
+}
+
+fn plain(out: &mut String, name: &str, kind: &str, help: &str, value: impl Display) {
+    family(out, name, kind, help, [(String::new(), value)]);
+}
+
+fn family<V: Display>(
+    out: &mut String,
+    name: &str,
+    kind: &str,
+    help: &str,
+    samples: impl IntoIterator<Item = (String, V)>,
+) {
+    let _ = writeln!(out, "# HELP {name} {}\n# TYPE {name} {kind}", help.replace('\\', "\\\\").replace('\n', "\\n"));
+    for (labels, value) in samples {
+        let _ = match labels.as_str() {
+            "" => writeln!(out, "{name} {value}"),
+            labels => writeln!(out, "{name}{{{labels}}} {value}"),
+        };
+    }
+}
+
+fn escape(label: &str) -> String {
+    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+fn resident_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn cpu_seconds() -> Option<f64> {
+    let mut usage = MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: `usage` has room for one rusage and outlives the call.
+    if unsafe { libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    // SAFETY: getrusage succeeded, so it filled the structure.
+    let usage = unsafe { usage.assume_init() };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    Some(seconds(usage.ru_utime) + seconds(usage.ru_stime))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stats(shard: usize, reads: u64) -> ShardStats {
+        ShardStats {
+            shard,
+            volumes: 3,
+            counters: vec![("guest_reads_total", "Reads of guests.", reads)],
+            gauges: vec![("cache_ram_bytes", "Bytes of chunks in RAM.", 4096)],
+            ..ShardStats::default()
+        }
+    }
+
+    #[test]
+    fn one_family_covers_all_shards() {
+        let store = StoreGauges { label: "a\"b".to_string(), capacity_bytes: 10, free_bytes: 5 };
+        let text = encode(&[stats(0, 17), stats(1, 4)], &[store], 1_500);
+        let family = "# HELP volley_guest_reads_total Reads of guests.\n# TYPE volley_guest_reads_total counter\n\
+                      volley_guest_reads_total{shard=\"0\"} 17\nvolley_guest_reads_total{shard=\"1\"} 4\n";
+        assert!(text.contains(family), "{text}");
+        assert!(text.contains("volley_cache_ram_bytes{shard=\"1\"} 4096\n"), "{text}");
+        assert!(text.contains("volley_store_free_bytes{store=\"a\\\"b\"} 5\n"), "{text}");
+        assert!(text.contains("process_start_time_seconds 1.5\n"), "{text}");
+        assert!(text.contains("process_resident_memory_bytes "), "{text}");
+    }
+
+    #[test]
+    fn every_family_is_announced_once_and_has_lines_prometheus_can_parse() {
+        let text = encode(&[stats(0, 1), stats(1, 2)], &[], 0);
+        let mut types = std::collections::HashSet::new();
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                assert!(types.insert(rest.split(' ').next().unwrap().to_string()), "{line}");
+            } else if !line.starts_with("# HELP ") {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                assert!(value.parse::<f64>().is_ok(), "{line}");
+                assert!(types.contains(name.split('{').next().unwrap()), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_system_has_a_size() {
+        let space = space_of(Path::new("/")).unwrap();
+        assert!(space.total_bytes >= space.free_bytes && space.total_bytes > 0);
+        assert!(space_of(Path::new("/nowhere/at/all")).is_err());
+    }
+}
