@@ -101,14 +101,13 @@ fn reported(
     kind: &str,
     of: fn(&ShardStats) -> &Vec<(&'static str, &'static str, u64)>,
 ) {
-    let mut families: BTreeMap<&str, (&str, Vec<(String, u64)>)> = BTreeMap::new();
-    for shard in stats {
-        for (name, help, value) in of(shard) {
-            families.entry(name).or_insert_with(|| (help, Vec::new())).1.push((shard_label(shard), *value));
-        }
-    }
-    for (name, (help, samples)) in families {
-        family(out, &format!("volley_{name}"), kind, help, samples);
+    let names: BTreeMap<&str, &str> = stats.iter().flat_map(of).map(|(name, help, _)| (*name, *help)).collect();
+    for (name, help) in names {
+        let sample = |shard: &ShardStats| {
+            let found = of(shard).iter().find(|(candidate, _, _)| *candidate == name);
+            found.map(|(_, _, value)| (shard_label(shard), *value))
+        };
+        family(out, &format!("volley_{name}"), kind, help, stats.iter().filter_map(sample));
     }
 }
 

@@ -253,10 +253,15 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         Command::VolumeStatus { name, reply } => drop(reply.send(find(volumes, &name))),
         Command::ListVolumes { reply } => drop(reply.send(volumes.values().cloned().collect())),
         Command::DeleteVolume { name, force, reply } => {
-            let deleted = find(volumes, &name).and_then(|volume| match volume.attached && !force {
-                true => Err(Error::new(Status::Conflict, format!("volume {name:?} is attached"))),
-                false => Ok(drop(volumes.remove(&name))),
-            });
+            let deleted = match find(volumes, &name) {
+                Ok(volume) if volume.attached && !force => {
+                    Err(Error::new(Status::Conflict, format!("volume {name:?} is attached")))
+                }
+                found => found.map(|_| ()),
+            };
+            if deleted.is_ok() {
+                volumes.remove(&name);
+            }
             let _ = reply.send(deleted);
         }
         Command::SetRate { name, rate, reply } => {
