@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
+use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
 use crate::units::{ByteSize, Span};
 
@@ -55,12 +56,12 @@ pub struct CacheConfig {
 pub struct HydrationConfig {
     /// Rate of a volume whose creator names none.
     pub default_rate: HydrationRate,
+    /// Object-store reads in flight, of all classes.
+    pub reads_max: usize,
+    /// Of those, how many background hydration may occupy; the rest is reserved for guests and priority fetches.
+    pub background_reads_max: usize,
     /// Largest coalesced read of a pack.
-    pub fetch_bytes_max: ByteSize,
-    /// Object-store reads in flight for background hydration, per shard.
-    pub background_fetches: usize,
-    /// Object-store reads in flight for guests and priority fetches, per shard: reserved, background can't take them.
-    pub priority_fetches: usize,
+    pub read_bytes_max: ByteSize,
 }
 
 /// How long things may take.
@@ -69,8 +70,6 @@ pub struct HydrationConfig {
 pub struct DeadlineConfig {
     /// A guest read that needs the object store gets an I/O error after this long.
     pub guest_read: Span,
-    /// One request to the object store.
-    pub object_request: Span,
     /// The whole of a clean stop; exceeding it is an error exit. Nothing acknowledged is lost either way.
     pub stop: Span,
 }
@@ -79,8 +78,12 @@ pub struct DeadlineConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RetryConfig {
+    /// After this a fetch counts as failed; its waiters get the error, and background work starts it anew later.
+    pub deadline: Span,
     pub backoff_min: Span,
     pub backoff_max: Span,
+    /// How often a chunk that fails its digest is fetched again.
+    pub corrupt_attempts: u32,
 }
 
 /// A volume store: a directory that holds one file per volume.
@@ -160,28 +163,31 @@ impl Default for CacheConfig {
 
 impl Default for HydrationConfig {
     fn default() -> HydrationConfig {
+        let limits = QueueLimits::default();
         HydrationConfig {
             default_rate: HydrationRate::Unlimited,
-            fetch_bytes_max: ByteSize(4 << 20),
-            background_fetches: 4,
-            priority_fetches: 16,
+            reads_max: limits.gets_max,
+            background_reads_max: limits.gets_background_max,
+            read_bytes_max: ByteSize(limits.get_bytes_max),
         }
     }
 }
 
 impl Default for DeadlineConfig {
     fn default() -> DeadlineConfig {
-        DeadlineConfig {
-            guest_read: Span(Duration::from_secs(30)),
-            object_request: Span(Duration::from_secs(10)),
-            stop: Span(Duration::from_secs(12)),
-        }
+        DeadlineConfig { guest_read: Span(Duration::from_secs(30)), stop: Span(Duration::from_secs(12)) }
     }
 }
 
 impl Default for RetryConfig {
     fn default() -> RetryConfig {
-        RetryConfig { backoff_min: Span(Duration::from_millis(50)), backoff_max: Span(Duration::from_secs(2)) }
+        let RetryPolicy { deadline, backoff_min, backoff_max, corrupt_attempts } = RetryPolicy::default();
+        RetryConfig {
+            deadline: Span(deadline),
+            backoff_min: Span(backoff_min),
+            backoff_max: Span(backoff_max),
+            corrupt_attempts,
+        }
     }
 }
 
@@ -262,39 +268,48 @@ impl Config {
             let min = ByteSize(CACHE_RAM_BYTES_MIN);
             return fail(format!("cache.ram_bytes: {} is less than {min}", self.cache.ram_bytes));
         }
-        if self.retries.backoff_min > self.retries.backoff_max {
-            return fail("retries: backoff_min is larger than backoff_max".to_string());
-        }
         self.check_hydration()?;
         self.check_deadlines()?;
         self.check_stores()
     }
 
     fn check_hydration(&self) -> Result<(), ConfigError> {
-        let hydration = &self.hydration;
-        let max = hydration.fetch_bytes_max.0;
-        if !(u64::from(crate::types::CHUNK_BYTES_MAX)..=64 << 20).contains(&max) {
+        let HydrationConfig { reads_max, background_reads_max, read_bytes_max, .. } = &self.hydration;
+        if !(u64::from(crate::types::CHUNK_BYTES_MAX)..=64 << 20).contains(&read_bytes_max.0) {
             return Err(ConfigError(format!(
-                "hydration.fetch_bytes_max: {} is not between 4MiB (the largest chunk) and 64MiB (a pack)",
-                hydration.fetch_bytes_max
+                "hydration.read_bytes_max: {read_bytes_max} is not between 4MiB (the largest chunk) and 64MiB (a pack)"
             )));
         }
-        for (key, value) in
-            [("background_fetches", hydration.background_fetches), ("priority_fetches", hydration.priority_fetches)]
-        {
-            if !(1..=1024).contains(&value) {
-                return Err(ConfigError(format!("hydration.{key}: {value} is not between 1 and 1024")));
-            }
+        if !(2..=1024).contains(reads_max) {
+            return Err(ConfigError(format!("hydration.reads_max: {reads_max} is not between 2 and 1024")));
+        }
+        if !(1..*reads_max).contains(background_reads_max) {
+            return Err(ConfigError(format!(
+                "hydration.background_reads_max: {background_reads_max} is not between 1 and {}, one less than \
+                 reads_max",
+                reads_max - 1
+            )));
         }
         Ok(())
     }
 
     fn check_deadlines(&self) -> Result<(), ConfigError> {
-        let DeadlineConfig { guest_read, object_request, stop } = self.deadlines;
-        for (key, span) in [("guest_read", guest_read), ("object_request", object_request), ("stop", stop)] {
+        let RetryConfig { deadline, backoff_min, backoff_max, corrupt_attempts } = self.retries;
+        let spans = [
+            ("deadlines.guest_read", self.deadlines.guest_read),
+            ("deadlines.stop", self.deadlines.stop),
+            ("retries.deadline", deadline),
+        ];
+        for (key, span) in spans {
             if span.0 < Duration::from_millis(100) || span.0 > Duration::from_secs(3600) {
-                return Err(ConfigError(format!("deadlines.{key}: {span} is not between 100ms and 1h")));
+                return Err(ConfigError(format!("{key}: {span} is not between 100ms and 1h")));
             }
+        }
+        if backoff_min.0.is_zero() || backoff_min > backoff_max || backoff_max > deadline {
+            return Err(ConfigError("retries: needs 0 < backoff_min <= backoff_max <= deadline".to_string()));
+        }
+        if !(1..=100).contains(&corrupt_attempts) {
+            return Err(ConfigError(format!("retries.corrupt_attempts: {corrupt_attempts} is not between 1 and 100")));
         }
         Ok(())
     }

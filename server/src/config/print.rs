@@ -45,39 +45,41 @@ ram_bytes = "{ram_bytes}"
 [hydration]
 # Rate of volumes whose creator names none: "unlimited", "none" (only what is touched) or bytes per second.
 default_rate = "{rate}"
+# Object-store reads in flight per shard, and how many of them background hydration may occupy: the rest is reserved
+# for guests and priority fetches.
+reads_max = {reads_max}
+background_reads_max = {background_reads_max}
 # Neighbouring chunks of a pack are fetched in one read of at most this size.
-fetch_bytes_max = "{fetch_bytes_max}"
-# Object-store reads in flight per shard for background hydration.
-background_fetches = {background_fetches}
-# Object-store reads in flight per shard reserved for guests and priority fetches.
-priority_fetches = {priority_fetches}
+read_bytes_max = "{read_bytes_max}"
 
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
 guest_read = "{guest_read}"
-# One request to the object store.
-object_request = "{object_request}"
 # A clean stop; exceeding it is an error exit, but loses nothing that was acknowledged.
 stop = "{stop}"
 
 [retries]
-# Back-off between attempts of an object-store request: doubles from min to max, with jitter, within the deadline.
+# A fetch that fails is tried again until the deadline; the back-off doubles from min to max, with jitter.
+deadline = "{deadline}"
 backoff_min = "{backoff_min}"
 backoff_max = "{backoff_max}"
+# How often a chunk that fails its digest is fetched again.
+corrupt_attempts = {corrupt_attempts}
 "#,
         data = text(&data.to_string_lossy()),
         listen = text(&listen.to_string()),
         http = text(http),
         log = text(log),
         ram_bytes = cache.ram_bytes,
-        fetch_bytes_max = hydration.fetch_bytes_max,
-        background_fetches = hydration.background_fetches,
-        priority_fetches = hydration.priority_fetches,
+        reads_max = hydration.reads_max,
+        background_reads_max = hydration.background_reads_max,
+        read_bytes_max = hydration.read_bytes_max,
         guest_read = deadlines.guest_read,
-        object_request = deadlines.object_request,
         stop = deadlines.stop,
+        deadline = retries.deadline,
         backoff_min = retries.backoff_min,
         backoff_max = retries.backoff_max,
+        corrupt_attempts = retries.corrupt_attempts,
     );
     out.push_str(STORES_COMMENT);
     if stores.is_empty() {

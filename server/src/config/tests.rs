@@ -35,18 +35,16 @@ fn printing_covers_every_key() {
         cache: CacheConfig { ram_bytes: ByteSize(64 << 20) },
         hydration: HydrationConfig {
             default_rate: HydrationRate::BytesPerSecond(1_000_000),
-            fetch_bytes_max: ByteSize(8 << 20),
-            background_fetches: 1,
-            priority_fetches: 2,
+            reads_max: 5,
+            background_reads_max: 2,
+            read_bytes_max: ByteSize(8 << 20),
         },
-        deadlines: DeadlineConfig {
-            guest_read: Span(Duration::from_millis(1500)),
-            object_request: Span(Duration::from_secs(60)),
-            stop: Span(Duration::from_secs(5)),
-        },
+        deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },
         retries: RetryConfig {
+            deadline: Span(Duration::from_secs(60)),
             backoff_min: Span(Duration::from_millis(1)),
             backoff_max: Span(Duration::from_millis(2)),
+            corrupt_attempts: 9,
         },
         stores: vec![store("a"), store("b")],
     };
