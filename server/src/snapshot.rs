@@ -6,7 +6,9 @@
 pub mod catalog;
 pub mod chunk;
 pub mod manifest;
+pub mod marker;
 pub mod pack;
+pub mod read;
 
 pub use catalog::CatalogError;
 pub use chunk::{CorruptChunk, EncodedChunk, Encoding, decode_chunk, encode_chunk, is_zero};

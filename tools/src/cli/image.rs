@@ -1,21 +1,101 @@
 //! `volley image …`: images into the object store, and the snapshots there. Works on the object store alone.
 
-use clap::Subcommand;
+use std::path::PathBuf;
+use std::time::Duration;
 
+use clap::{Args, Subcommand};
 use futures::executor::block_on;
-use serde_json::json;
+use serde_json::{Value, json};
+use volley_server::import::{self, ImageFormat, ImportError, ImportOptions, ImportReport};
 use volley_server::object_store::dir::DirStore;
 use volley_server::object_store::{ObjectError, ObjectStoreUrl};
 use volley_server::platform::blocking::Blocking;
-use volley_server::snapshot::{CatalogError, Manifest, catalog};
+use volley_server::snapshot::catalog::{self, Collected};
+use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, read};
 
-use super::{CliError, CliResult, Globals, Table, print_json};
-use crate::units::format_size;
+use super::{CliError, CliResult, Globals, Table, print_json, print_line};
+use crate::units::{format_duration, format_size, parse_size};
+use progress::Progress;
+
+mod export;
+mod progress;
+
+/// More threads than this only fight over the disk.
+const PARALLEL_MAX: i64 = 256;
+/// Damaged chunks named one by one; the rest are counted.
+const BAD_CHUNKS_SHOWN: usize = 20;
 
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
+    /// Make a snapshot from a raw or qcow2 image. An interrupted import goes on where it stopped when run again.
+    Import(ImportArgs),
     /// List the snapshots of the object store.
     List,
+    /// Show one snapshot.
+    Show {
+        /// Name of the snapshot.
+        name: String,
+    },
+    /// Read every chunk of a snapshot and check its digest.
+    Verify {
+        /// Name of the snapshot.
+        name: String,
+        #[command(flatten)]
+        parallel: ParallelArgs,
+    },
+    /// Write the content of a snapshot to a raw image file, sparse where it is zero, or to stdout (`-`).
+    Export {
+        /// Name of the snapshot.
+        name: String,
+        /// File to write, or `-` for stdout.
+        out: PathBuf,
+        /// Replace an existing file.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        parallel: ParallelArgs,
+    },
+    /// Delete a snapshot and what only it references.
+    Delete {
+        /// Name of the snapshot.
+        name: String,
+    },
+    /// Remove packs that no snapshot references.
+    Gc {
+        /// First give up the interrupted import of this name.
+        #[arg(long, value_name = "NAME")]
+        incomplete: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// Image file.
+    image: PathBuf,
+    /// Name of the snapshot.
+    #[arg(long)]
+    name: String,
+    /// Size of a chunk: a power of two from 64KiB to 4MiB.
+    #[arg(long, default_value = "512KiB", value_parser = parse_chunk_size, value_name = "SIZE")]
+    chunk_size: u32,
+    /// Format of the image, raw or qcow2, instead of looking at its first bytes.
+    #[arg(long)]
+    format: Option<ImageFormat>,
+    #[command(flatten)]
+    parallel: ParallelArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ParallelArgs {
+    /// Threads; one per core by default.
+    #[arg(long = "parallel", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=PARALLEL_MAX))]
+    threads: Option<u32>,
+}
+
+impl ParallelArgs {
+    fn threads(&self) -> Option<usize> {
+        self.threads.map(|n| n as usize)
+    }
 }
 
 /// Runs one image command.
@@ -24,29 +104,241 @@ pub enum ImageCommand {
 /// Says what failed and what to do.
 pub fn run(globals: &Globals, command: ImageCommand) -> CliResult {
     match command {
+        ImageCommand::Import(args) => import(globals, args),
         ImageCommand::List => list(globals),
+        ImageCommand::Show { name } => show(globals, &name),
+        ImageCommand::Verify { name, parallel } => verify(globals, &name, &parallel),
+        ImageCommand::Export { name, out, force, parallel } => {
+            let store = existing_store(globals)?;
+            let manifest = block_on(catalog::load(&store, &name))?;
+            export::run(globals, &store, &manifest, &out, force, parallel.threads())
+        }
+        ImageCommand::Delete { name } => delete(globals, &name),
+        ImageCommand::Gc { incomplete } => {
+            let collected = block_on(catalog::collect(&existing_store(globals)?, incomplete.as_deref()))?;
+            report_collected(globals, &collected, "")
+        }
     }
+}
+
+fn import(globals: &Globals, args: ImportArgs) -> CliResult {
+    // An image that isn't there must not leave a new object store behind.
+    if let Err(e) = std::fs::metadata(&args.image) {
+        return Err(CliError::new("invalid", format!("image {}: {e}", args.image.display())));
+    }
+    let ObjectStoreUrl::File(path) = store_url(globals)?;
+    let store = block_on(DirStore::create(Blocking, path))?;
+    let options = ImportOptions {
+        image: args.image,
+        name: args.name,
+        chunk_bytes: args.chunk_size,
+        format: args.format,
+        threads: args.parallel.threads(),
+    };
+    let progress = Progress::start("import", globals.json);
+    let report = import::import(&store, &options, |done, total| progress.update(done, total))?;
+    progress.finish();
+    if globals.json { print_json(&report) } else { print_line(&import_text(&report)) }
+}
+
+fn import_text(report: &ImportReport) -> String {
+    let counts = &report.chunks;
+    let chunk = u64::from(report.chunk_bytes);
+    let amount = |chunks: u32| format!("{chunks} chunks ({})", format_size(u64::from(chunks) * chunk));
+    let mut lines = vec![
+        format!("imported {:?} from a {} image of {}", report.name, report.format, format_size(report.image_bytes)),
+        format!("  device     {} bytes, {} chunks of {}", report.size_bytes, counts.chunks, format_size(chunk)),
+        format!("  zero       {}", amount(counts.zero_chunks)),
+        format!("  duplicate  {}", amount(counts.duplicate_chunks)),
+        format!("  shared     {} with other snapshots", amount(counts.shared_chunks)),
+    ];
+    if counts.resumed_chunks > 0 {
+        lines.push(format!("  resumed    {} chunks reused of an interrupted import", counts.resumed_chunks));
+    }
+    let ratio =
+        if report.raw_bytes == 0 { 100.0 } else { 100.0 * report.stored_bytes as f64 / report.raw_bytes as f64 };
+    lines.push(format!(
+        "  stored     {} as {} in {} packs ({ratio:.0} %)",
+        amount(counts.stored_chunks),
+        format_size(report.stored_bytes),
+        report.packs
+    ));
+    let seconds = (report.elapsed_ms.max(1) as f64) / 1000.0;
+    let rate = format_size((report.size_bytes as f64 / seconds) as u64);
+    lines.push(format!("  time       {} ({rate}/s)", format_duration(Duration::from_millis(report.elapsed_ms))));
+    lines.extend(report.notes.iter().map(|note| format!("  note: {note}")));
+    lines.join("\n")
 }
 
 fn list(globals: &Globals) -> CliResult {
     let store = existing_store(globals)?;
-    let mut manifests = Vec::new();
+    let mut summaries = Vec::new();
+    let mut damaged = None;
     for name in block_on(catalog::names(&store))? {
-        manifests.push(block_on(catalog::load(&store, &name))?);
+        match block_on(catalog::load(&store, &name)) {
+            Ok(manifest) => summaries.push(Summary::of(&manifest)),
+            // One damaged manifest must not hide the others, nor go unnoticed.
+            Err(e @ (CatalogError::Manifest { .. } | CatalogError::Misplaced { .. })) => damaged = Some(e),
+            Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => {}
+            Err(e) => return Err(e.into()),
+        }
     }
     if globals.json {
-        return print_json(&manifests.iter().map(summary).collect::<Vec<_>>());
+        print_json(&summaries.iter().map(Summary::json).collect::<Vec<_>>())?;
+    } else {
+        let mut table = Table::new(&["NAME", "SIZE", "CHUNK", "DATA", "STORED"]);
+        for s in &summaries {
+            let sizes = [s.size_bytes, s.chunk_bytes, s.data_bytes, s.stored_bytes].map(format_size);
+            table.row(std::iter::once(s.name.clone()).chain(sizes));
+        }
+        table.print()?;
     }
-    let mut table = Table::new(&["NAME", "SIZE", "CHUNK", "CHUNKS"]);
-    for m in &manifests {
-        let chunk = format_size(u64::from(m.chunk_bytes));
-        table.row([m.name.clone(), format_size(m.size_bytes), chunk, m.chunk_count().to_string()]);
-    }
-    table.print()
+    damaged.map_or(Ok(()), |e| Err(e.into()))
 }
 
-fn summary(m: &Manifest) -> serde_json::Value {
-    json!({"name": m.name, "size_bytes": m.size_bytes, "chunk_bytes": m.chunk_bytes, "chunks": m.chunk_count()})
+fn show(globals: &Globals, name: &str) -> CliResult {
+    let manifest = block_on(catalog::load(&existing_store(globals)?, name))?;
+    let summary = Summary::of(&manifest);
+    if globals.json {
+        return print_json(&summary.json());
+    }
+    let lines = [
+        format!("name       {}", summary.name),
+        format!("id         {}", summary.id),
+        format!("size       {} ({} bytes)", format_size(summary.size_bytes), summary.size_bytes),
+        format!("chunk      {}", format_size(summary.chunk_bytes)),
+        format!("chunks     {} of which {} zero", summary.chunks, summary.zero_chunks),
+        format!("data       {}", format_size(summary.data_bytes)),
+        format!("stored     {} in {} packs", format_size(summary.stored_bytes), summary.packs),
+        format!("parent     {}", summary.parent.as_deref().unwrap_or("none")),
+        format!("created    {} (Unix time in ms)", summary.created_unix_ms),
+    ];
+    print_line(&lines.join("\n"))
+}
+
+fn verify(globals: &Globals, name: &str, parallel: &ParallelArgs) -> CliResult {
+    let store = existing_store(globals)?;
+    let manifest = block_on(catalog::load(&store, name))?;
+    let progress = Progress::start("verify", globals.json);
+    let verified = read::verify(&store, &manifest, parallel.threads(), |done, total| progress.update(done, total))?;
+    progress.finish();
+    if globals.json {
+        print_json(&verified)?;
+    } else if !verified.bad.is_empty() {
+        for bad in verified.bad.iter().take(BAD_CHUNKS_SHOWN) {
+            print_line(&format!("bad: {bad}"))?;
+        }
+    }
+    if let Some(first) = verified.bad.first() {
+        let count = verified.bad.len();
+        let more = if count > 1 { format!(" ({count} bad chunks in all)") } else { String::new() };
+        return Err(CliError::new("corrupt", format!("snapshot {name:?} is damaged: {first}{more}")));
+    }
+    if globals.json {
+        return Ok(());
+    }
+    let (data, read) = (verified.chunks - verified.zero_chunks, format_size(verified.stored_bytes));
+    print_line(&format!("snapshot {name:?} is good: {data} chunks read ({read}), {} zero", verified.zero_chunks))
+}
+
+fn delete(globals: &Globals, name: &str) -> CliResult {
+    let collected = match block_on(catalog::delete(&existing_store(globals)?, name)) {
+        Ok(collected) => collected,
+        // The snapshot is gone: that its packs could not be told from garbage is not a failure to delete it.
+        Err(e @ (CatalogError::Unreadable(_) | CatalogError::Busy)) => {
+            let e = CliError::from(e);
+            return Err(CliError::new(
+                e.code,
+                format!("snapshot {name:?} is deleted, its packs are not: {}", e.message),
+            ));
+        }
+        Err(e) => return Err(e.into()),
+    };
+    report_collected(globals, &collected, &format!("deleted snapshot {name:?}; "))
+}
+
+fn report_collected(globals: &Globals, collected: &Collected, before: &str) -> CliResult {
+    if globals.json {
+        return print_json(collected);
+    }
+    let removed = format_size(collected.bytes_removed);
+    print_line(&format!("{before}removed {} packs ({removed})", collected.packs_removed))?;
+    if collected.imports_open.is_empty() {
+        return Ok(());
+    }
+    print_line(&format!(
+        "kept {} unreferenced packs ({}), because imports are running or were interrupted: {}; finish them, or drop \
+         one with 'volley image gc --incomplete NAME', then run 'volley image gc'",
+        collected.packs_kept,
+        format_size(collected.bytes_kept),
+        collected.imports_open.join(", ")
+    ))
+}
+
+/// What is told of a snapshot.
+struct Summary {
+    name: String,
+    id: String,
+    size_bytes: u64,
+    chunk_bytes: u64,
+    chunks: u32,
+    zero_chunks: u32,
+    data_bytes: u64,
+    stored_bytes: u64,
+    packs: usize,
+    parent: Option<String>,
+    created_unix_ms: u64,
+}
+
+impl Summary {
+    fn of(m: &Manifest) -> Summary {
+        let (mut zero_chunks, mut data_bytes, mut stored_bytes) = (0, 0, 0);
+        for index in 0..m.chunk_count() {
+            match m.chunk(index) {
+                ChunkEntry::Zero => zero_chunks += 1,
+                ChunkEntry::Stored { stored_len, .. } => {
+                    data_bytes += u64::from(m.chunk_len(index));
+                    stored_bytes += u64::from(stored_len);
+                }
+            }
+        }
+        Summary {
+            name: m.name.clone(),
+            id: format!("{:032x}", m.id),
+            size_bytes: m.size_bytes,
+            chunk_bytes: u64::from(m.chunk_bytes),
+            chunks: m.chunk_count(),
+            zero_chunks,
+            data_bytes,
+            stored_bytes,
+            packs: m.pack_keys().len(),
+            parent: m.parent.clone(),
+            created_unix_ms: m.created_unix_ms,
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "id": self.id,
+            "size_bytes": self.size_bytes,
+            "chunk_bytes": self.chunk_bytes,
+            "chunks": self.chunks,
+            "zero_chunks": self.zero_chunks,
+            "data_bytes": self.data_bytes,
+            "stored_bytes": self.stored_bytes,
+            "packs": self.packs,
+            "parent": self.parent,
+            "created_unix_ms": self.created_unix_ms,
+        })
+    }
+}
+
+fn parse_chunk_size(text: &str) -> Result<u32, String> {
+    let bytes = parse_size(text)?;
+    let small = u32::try_from(bytes).map_err(|_| format!("{text:?} is more than 4 MiB"))?;
+    // A device of one block: only the chunk size can be wrong.
+    volley_server::snapshot::manifest::check_geometry(512, small).map(|()| small)
 }
 
 fn store_url(globals: &Globals) -> CliResult<ObjectStoreUrl> {
@@ -70,9 +362,25 @@ impl From<CatalogError> for CliError {
     fn from(e: CatalogError) -> CliError {
         let code = match &e {
             CatalogError::Name(_) => "invalid",
-            CatalogError::Unknown(_) => "unknown_snapshot",
-            CatalogError::Manifest { .. } | CatalogError::Misplaced { .. } => "corrupt",
+            CatalogError::Unknown(_) | CatalogError::NoImport(_) => "unknown_snapshot",
+            CatalogError::Incomplete(_) | CatalogError::Referenced { .. } => "conflict",
+            CatalogError::Manifest { .. } | CatalogError::Misplaced { .. } | CatalogError::Unreadable(_) => "corrupt",
+            CatalogError::Busy => "busy",
             CatalogError::Store(_) => "object_store",
+        };
+        CliError::new(code, e.to_string())
+    }
+}
+
+impl From<ImportError> for CliError {
+    fn from(e: ImportError) -> CliError {
+        let code = match e {
+            ImportError::Catalog(e) => return e.into(),
+            ImportError::Invalid(_) | ImportError::Image { .. } | ImportError::Manifest(_) => "invalid",
+            ImportError::NameTaken(_) => "name_taken",
+            ImportError::Interfered(_) => "conflict",
+            ImportError::Marker(_) => "corrupt",
+            ImportError::Store(_) => "object_store",
         };
         CliError::new(code, e.to_string())
     }
