@@ -302,3 +302,6 @@ impl fmt::Display for ImageFormat {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;
