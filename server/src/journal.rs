@@ -17,6 +17,8 @@ mod recovery;
 mod replay;
 mod scan;
 mod segment;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -35,7 +37,7 @@ pub use record::Record;
 pub use recovery::{FileReport, Recovered, recover};
 use segment::{BatchError, Segment};
 
-/// A checkpoint is not worth its writes before the log has this many bytes: replaying them takes some 20 ms.
+/// A checkpoint is not worth its writes before the log has this many bytes: reading them takes some 20 ms.
 pub const CHECKPOINT_LOG_BYTES_MIN: u64 = 16 << 20;
 /// Nor before the log is this many times the last checkpoint: a checkpoint then costs at most half of what the log did,
 /// and recovery reads at most three times the state.

@@ -40,9 +40,15 @@ impl<P: Platform> Segment<P> {
         let segment_id = platform.random_u64();
         let mut block = platform.alloc(BLOCK_BYTES);
         SegmentHeader { name, segment_id }.encode(&mut block);
-        file.write_at(0, block).await?;
         let end = BLOCK_BYTES as u64;
-        Ok(Segment { file, path, segment_id, next_number: 0, end, reserved_end: end })
+        let segment: Segment<P> = Segment { file, path, segment_id, next_number: 0, end, reserved_end: end };
+        match segment.file.write_at(0, block).await {
+            Ok(()) => Ok(segment),
+            Err(error) => {
+                segment.remove(platform).await;
+                Err(error)
+            }
+        }
     }
 
     /// Writes a batch without syncing it: part of a checkpoint.

@@ -1,0 +1,11 @@
+//! Tests of the journal: the codec and replay as properties, each label of docs/journal.md, commits and checkpoints on
+//! real files with injected failures.
+
+mod checkpoint;
+mod codec;
+mod commit;
+mod directory;
+mod harness;
+mod labels;
+mod model;
+mod replay;

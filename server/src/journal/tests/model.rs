@@ -1,0 +1,157 @@
+//! The straightforward model of a shard's durable facts, and sequences of changes to it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::super::Record;
+use crate::types::{ChunkResidency, HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
+
+/// Volume `index` of a test: 64 KiB chunks (16 sectors) or 4 MiB ones, a device that ends inside a chunk and a sector.
+pub(super) fn spec(index: u64) -> VolumeSpec {
+    let chunk_bytes = if index.is_multiple_of(2) { 64 << 10 } else { 4 << 20 };
+    VolumeSpec {
+        id: VolumeId(index),
+        name: format!("web-{index}").into(),
+        size_bytes: 3 * u64::from(chunk_bytes) + 9 * 4096 + 512,
+        chunk_bytes,
+        snapshot: (!index.is_multiple_of(3)).then(|| SnapshotRef { name: "debian-12".into(), id: u128::MAX - 7 }),
+        store: "main".into(),
+        rate: HydrationRate::BytesPerSecond(200 << 20),
+        batch: index.is_multiple_of(2).then_some(index * 1000),
+        created_unix_ms: 1_700_000_000_000,
+    }
+}
+
+/// Sectors of a chunk that exist.
+fn sectors_of(spec: &VolumeSpec, chunk: u32) -> u32 {
+    let left = spec.size_bytes - u64::from(chunk) * u64::from(spec.chunk_bytes);
+    left.min(u64::from(spec.chunk_bytes)).div_ceil(4096) as u32
+}
+
+pub(super) fn partial(spec: &VolumeSpec, sectors: impl IntoIterator<Item = u32>) -> ChunkResidency {
+    let mut words = vec![0u64; (spec.chunk_bytes as usize / 4096).div_ceil(64)];
+    sectors.into_iter().for_each(|sector| words[sector as usize / 64] |= 1 << (sector % 64));
+    ChunkResidency::Partial(words.into())
+}
+
+#[derive(Clone, Debug)]
+struct Volume {
+    spec: VolumeSpec,
+    generation: u64,
+    hydrated: bool,
+    sectors: BTreeSet<(u32, u32)>,
+}
+
+/// What a shard does, without a journal.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Model {
+    volumes: BTreeMap<u64, Volume>,
+}
+
+/// A change that a shard may make at any time; a volume that does not exist is created first.
+#[derive(Clone, Debug)]
+pub(super) enum Change {
+    Create(u64),
+    Delete(u64),
+    Attach(u64),
+    Rate(u64, u64),
+    Chunks(u64, u32, u32),
+    Sectors(u64, u32, u32, u32),
+    Hydrated(u64),
+}
+
+pub(super) fn change() -> impl Strategy<Value = Change> {
+    let id = 0..6u64;
+    prop_oneof![
+        id.clone().prop_map(Change::Create),
+        id.clone().prop_map(Change::Delete),
+        id.clone().prop_map(Change::Attach),
+        (id.clone(), 1..1000u64).prop_map(|(id, rate)| Change::Rate(id, rate)),
+        (id.clone(), 0..4u32, 1..5u32).prop_map(|(id, chunk, len)| Change::Chunks(id, chunk, len)),
+        (id.clone(), 0..4u32, 0..16u32, 1..16u32).prop_map(|(id, c, sector, n)| Change::Sectors(id, c, sector, n)),
+        (id.clone(), 0..4u32, 0..16u32, 1..16u32).prop_map(|(id, c, sector, n)| Change::Sectors(id, c, sector, n)),
+        id.prop_map(Change::Hydrated),
+    ]
+}
+
+impl Model {
+    /// Makes the change and returns the record of it, if it is one.
+    pub(super) fn change(&mut self, change: &Change) -> Option<Record> {
+        match *change {
+            Change::Create(id) => {
+                let fresh = Volume { spec: spec(id), generation: 0, hydrated: false, sectors: BTreeSet::new() };
+                self.volumes.entry(id).or_insert(fresh);
+                Some(Record::Created(spec(id)))
+            }
+            Change::Delete(id) => {
+                self.volumes.remove(&id);
+                Some(Record::Deleted(VolumeId(id)))
+            }
+            Change::Attach(id) => self.on(id, |v| {
+                v.generation += 1;
+                Record::Generation { volume: v.spec.id, generation: v.generation }
+            }),
+            Change::Rate(id, rate) => self.on(id, |v| {
+                v.spec.rate = HydrationRate::BytesPerSecond(rate);
+                Record::Rate { volume: v.spec.id, rate: v.spec.rate }
+            }),
+            Change::Chunks(id, chunk, len) => self.on(id, |v| {
+                let chunks: Vec<u32> = (chunk..(chunk + len).min(v.spec.chunks())).collect();
+                chunks.iter().for_each(|chunk| v.add(*chunk, 0..sectors_of(&v.spec.clone(), *chunk)));
+                let chunks = chunks.into_iter().map(|chunk| (chunk, ChunkResidency::Resident)).collect();
+                Record::Residency { volume: v.spec.id, chunks }
+            }),
+            Change::Sectors(id, chunk, sector, n) => self.on(id, |v| {
+                let sectors = sector..(sector + n).min(sectors_of(&v.spec, chunk));
+                v.add(chunk, sectors.clone());
+                let chunks = vec![(chunk, partial(&v.spec, sectors))];
+                Record::Residency { volume: v.spec.id, chunks }
+            }),
+            Change::Hydrated(id) => self.on(id, |v| {
+                v.hydrated = true;
+                Record::Hydrated { volume: v.spec.id }
+            }),
+        }
+    }
+
+    fn on(&mut self, id: u64, act: impl FnOnce(&mut Volume) -> Record) -> Option<Record> {
+        self.volumes.get_mut(&id).map(act)
+    }
+
+    pub(super) fn ids(&self) -> Vec<u64> {
+        self.volumes.keys().copied().collect()
+    }
+
+    pub(super) fn state(&self, id: u64) -> Option<VolumeState> {
+        self.volumes.get(&id).map(Volume::state)
+    }
+
+    pub(super) fn states(&self) -> Vec<VolumeState> {
+        self.volumes.values().map(Volume::state).collect()
+    }
+}
+
+impl Volume {
+    fn add(&mut self, chunk: u32, sectors: impl IntoIterator<Item = u32>) {
+        self.sectors.extend(sectors.into_iter().map(|sector| (chunk, sector)));
+    }
+
+    fn state(&self) -> VolumeState {
+        let chunks = if self.hydrated { 0 } else { self.spec.chunks() };
+        let residency = (0..chunks).filter_map(|chunk| {
+            let have: Vec<u32> = self.sectors.iter().filter(|(c, _)| *c == chunk).map(|(_, s)| *s).collect();
+            match have.len() as u32 {
+                0 => None,
+                n if n == sectors_of(&self.spec, chunk) => Some((chunk, ChunkResidency::Resident)),
+                _ => Some((chunk, partial(&self.spec, have))),
+            }
+        });
+        VolumeState {
+            spec: self.spec.clone(),
+            generation: self.generation,
+            residency: residency.collect(),
+            hydrated: self.hydrated,
+        }
+    }
+}
