@@ -11,7 +11,12 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+mod api;
+pub mod batch;
 pub mod image;
+pub mod node;
+pub mod store;
+pub mod volume;
 
 /// Volley: volumes from snapshots at once, hydrated behind the guest's back.
 #[derive(Debug, Parser)]
@@ -28,6 +33,18 @@ enum Command {
     /// Import images into the object store and manage the snapshots there. Needs no server.
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// Create, watch and delete volumes.
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
+    /// Watch the volumes that one request created.
+    #[command(subcommand)]
+    Batch(batch::BatchCommand),
+    /// Look at the volume stores.
+    #[command(subcommand)]
+    Store(store::StoreCommand),
+    /// Look at the server.
+    #[command(subcommand)]
+    Node(node::NodeCommand),
 }
 
 /// Options of every command, accepted before and after it.
@@ -36,8 +53,8 @@ pub struct Globals {
     /// Print results (stdout) and errors (stderr) as JSON.
     #[arg(long, global = true)]
     pub json: bool,
-    /// HTTP address of the server.
-    #[arg(long, global = true, env = "VOLLEY_SERVER", default_value = "127.0.0.1:7480", value_name = "HOST:PORT")]
+    /// HTTP address of the server; the port defaults to 7480.
+    #[arg(long, global = true, env = "VOLLEY_SERVER", default_value = "127.0.0.1:7480", value_name = "HOST[:PORT]")]
     pub server: String,
     /// Object store, e.g. file:/var/lib/volley/objects.
     #[arg(long, global = true, env = "VOLLEY_OBJECT_STORE", value_name = "URL")]
@@ -73,6 +90,10 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Image(command) => image::run(&cli.globals, command),
+        Command::Volume(command) => volume::run(&cli.globals, command),
+        Command::Batch(command) => batch::run(&cli.globals, command),
+        Command::Store(command) => store::run(&cli.globals, command),
+        Command::Node(command) => node::run(&cli.globals, command),
     };
     main_exit(cli.globals.json, result)
 }
