@@ -5,6 +5,7 @@
 //! be served by the wrong node, and a store whose filesystem is not mounted is an error instead of an empty store.
 #![allow(clippy::disallowed_methods)] // Runs before any shard exists, and on no shard's thread.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -75,6 +76,8 @@ pub enum DataDirError {
         path.display()
     )]
     StoreMissing { label: String, path: PathBuf },
+    #[error("{} is not empty and holds no {what} of Volley: choose another directory", path.display())]
+    Occupied { what: &'static str, path: PathBuf },
     #[error("volume store {label:?} at {} is another store than this node used before: correct its path", path.display())]
     StoreSwapped { label: String, path: PathBuf },
 }
@@ -113,8 +116,9 @@ impl DataDir {
     /// See [`DataDirError`]; nothing of another node is touched.
     pub fn open(path: &Path, stores: &[StoreConfig]) -> Result<DataDir> {
         create_dir(path)?;
-        let lock = lock(path)?;
         let node_path = path.join(NODE_FILE);
+        refuse_occupied(path, NODE_FILE, "node")?;
+        let lock = lock(path)?;
         let old: Option<NodeFile> = read_file(&node_path)?;
         let mut node = match &old {
             Some(node) => node.clone(),
@@ -175,6 +179,7 @@ fn open_store(node: &mut NodeFile, node_id: u128, config: &StoreConfig) -> Resul
 
 fn create_store(node: &NodeFile, config: &StoreConfig, file_path: &Path) -> Result<StoreFile> {
     create_dir(&config.path)?;
+    refuse_occupied(&config.path, STORE_FILE, "volume store")?;
     let file = StoreFile {
         format: FORMAT,
         node_id: node.node_id.clone(),
@@ -210,6 +215,30 @@ fn create_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|error| DataDirError::Io { what: "can't create", path: path.to_path_buf(), error })
 }
 
+/// A directory without the file `own` must be empty, but for what a fresh filesystem or an interrupted first start
+/// leaves in it.
+fn refuse_occupied(path: &Path, own: &'static str, what: &'static str) -> Result<()> {
+    let fail = |error| DataDirError::Io { what: "can't read", path: path.to_path_buf(), error };
+    let temporary = temporary_of(Path::new(own));
+    let harmless = [OsStr::new(LOCK_FILE), OsStr::new("lost+found"), temporary.as_os_str()];
+    let mut occupied = false;
+    for entry in fs::read_dir(path).map_err(fail)? {
+        let name = entry.map_err(fail)?.file_name();
+        if name == own {
+            return Ok(());
+        }
+        occupied |= !harmless.contains(&name.as_os_str());
+    }
+    match occupied {
+        true => Err(DataDirError::Occupied { what, path: path.to_path_buf() }),
+        false => Ok(()),
+    }
+}
+
+fn temporary_of(path: &Path) -> PathBuf {
+    path.with_extension("tmp")
+}
+
 /// The format is checked before anything else of the file is interpreted.
 fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     #[derive(Deserialize)]
@@ -236,7 +265,7 @@ fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 fn write_file(path: &Path, value: &impl Serialize) -> Result<()> {
     let fail = |error| DataDirError::Io { what: "can't write", path: path.to_path_buf(), error };
     let text = toml::to_string(value).map_err(|e| fail(io::Error::other(e)))?;
-    let temporary = path.with_extension("tmp");
+    let temporary = temporary_of(path);
     let mut file = File::create(&temporary).map_err(fail)?;
     file.write_all(text.as_bytes()).map_err(fail)?;
     file.sync_all().map_err(fail)?;

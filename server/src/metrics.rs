@@ -117,15 +117,15 @@ fn shard_label(stats: &ShardStats) -> String {
 
 fn process(out: &mut String, started_unix_ms: u64) {
     let started = started_unix_ms as f64 / 1000.0;
-    plain(out, "process_start_time_seconds", "gauge", "Start of the process since the epoch.", started);
+    plain(out, "volley_process_start_time_seconds", "gauge", "Start of the process since the epoch.", started);
     if let Some(bytes) = resident_memory_bytes() {
-        plain(out, "process_resident_memory_bytes", "gauge", "Resident memory of the process.", bytes);
+        plain(out, "volley_process_resident_memory_bytes", "gauge", "Resident memory of the process.", bytes);
     }
     if let Some(seconds) = cpu_seconds() {
-        plain(out, "process_cpu_seconds_total", "counter", "User and system time of the process.", seconds);
+        plain(out, "volley_process_cpu_seconds_total", "counter", "User and system time of the process.", seconds);
     }
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
-        plain(out, "process_open_fds", "gauge", "Open file descriptors.", files.count());
+        plain(out, "volley_process_open_fds", "gauge", "Open file descriptors.", files.count());
     }
 }
 
@@ -195,8 +195,8 @@ mod tests {
         assert!(text.contains(family), "{text}");
         assert!(text.contains("volley_cache_ram_bytes{shard=\"1\"} 4096\n"), "{text}");
         assert!(text.contains("volley_store_free_bytes{store=\"a\\\"b\"} 5\n"), "{text}");
-        assert!(text.contains("process_start_time_seconds 1.5\n"), "{text}");
-        assert!(text.contains("process_resident_memory_bytes "), "{text}");
+        assert!(text.contains("volley_process_start_time_seconds 1.5\n"), "{text}");
+        assert!(text.contains("volley_process_resident_memory_bytes "), "{text}");
     }
 
     #[test]

@@ -20,7 +20,7 @@ const UPKEEP_PERIOD: Duration = Duration::from_secs(10);
 pub(super) struct References {
     /// Snapshot names whose reference object exists, as far as is known.
     held: BTreeSet<String>,
-    /// The references of earlier runs have been read.
+    /// The references that exist have been read, and no put or delete since then has an unknown outcome.
     listed: bool,
 }
 
@@ -32,15 +32,22 @@ impl References {
     /// Makes the reference durable.
     pub(super) async fn hold(&mut self, control: &Control, snapshot: &str) -> Result<()> {
         let node = control.node_id_text();
-        control.0.shards.put_object(reference_key(snapshot, &node), format!("{node}\n").into_bytes()).await?;
-        self.held.insert(snapshot.to_string());
-        Ok(())
+        let put = control.0.shards.put_object(reference_key(snapshot, &node), format!("{node}\n").into_bytes()).await;
+        match put {
+            Ok(()) => drop(self.held.insert(snapshot.to_string())),
+            Err(_) => self.listed = false,
+        }
+        put
     }
 
     async fn release(&mut self, control: &Control, snapshot: &str) -> Result<()> {
-        control.0.shards.delete_object(reference_key(snapshot, &control.node_id_text())).await?;
+        // First of all: from here on a creation must write it again.
         self.held.remove(snapshot);
-        Ok(())
+        let deleted = control.0.shards.delete_object(reference_key(snapshot, &control.node_id_text())).await;
+        if deleted.is_err() {
+            self.listed = false;
+        }
+        deleted
     }
 
     async fn list(&mut self, control: &Control) -> Result<()> {

@@ -65,7 +65,12 @@ impl Control {
             return Err(unknown());
         }
         let data = self.0.shards.get_object(&manifest_key(name)).await?.ok_or_else(unknown)?;
-        Manifest::decode(&data).map_err(|e| Problem::new(Status::Corrupt, format!("snapshot {name:?}: {e}")))
+        let corrupt = |why: String| Problem::new(Status::Corrupt, format!("snapshot {name:?}: {why}"));
+        let manifest = Manifest::decode(&data).map_err(|e| corrupt(e.to_string()))?;
+        if manifest.name != name {
+            return Err(corrupt(format!("its manifest is of {:?}", manifest.name)));
+        }
+        Ok(manifest)
     }
 }
 

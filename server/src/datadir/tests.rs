@@ -32,12 +32,13 @@ fn identity_and_stores_survive_reopening() {
 fn a_second_server_is_refused_and_told_the_pid() {
     let dir = tempfile::tempdir().unwrap();
     let stores = [store("x", dir.path().join("x"))];
-    let first = DataDir::open(dir.path(), &stores).unwrap();
-    let message = open_error(dir.path(), &stores);
+    let data = dir.path().join("data");
+    let first = DataDir::open(&data, &stores).unwrap();
+    let message = open_error(&data, &stores);
     assert!(message.contains("is locked by a running volleyd"), "{message}");
     assert!(message.contains(&format!("pid {}", std::process::id())), "{message}");
     drop(first);
-    assert!(DataDir::open(dir.path(), &stores).is_ok());
+    assert!(DataDir::open(&data, &stores).is_ok());
 }
 
 #[test]
@@ -81,11 +82,13 @@ fn relabelled_and_swapped_stores_are_refused() {
 fn future_formats_and_garbage_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let stores = [store("x", dir.path().join("x"))];
-    fs::write(dir.path().join(NODE_FILE), "format = 2\nwhatever = 1\n").unwrap();
-    assert!(open_error(dir.path(), &stores).contains("has format 2"));
+    let data = dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join(NODE_FILE), "format = 2\nwhatever = 1\n").unwrap();
+    assert!(open_error(&data, &stores).contains("has format 2"));
     for garbage in ["", "\0\0\0", "format = 1\nnode_id = \"zz\"\ncreated_unix_ms = 1\n"] {
-        fs::write(dir.path().join(NODE_FILE), garbage).unwrap();
-        assert!(open_error(dir.path(), &stores).contains("restore it from a backup"));
+        fs::write(data.join(NODE_FILE), garbage).unwrap();
+        assert!(open_error(&data, &stores).contains("restore it from a backup"));
     }
     assert!(!dir.path().join("x").exists());
 }
@@ -95,4 +98,15 @@ fn a_file_in_the_place_of_the_directory_is_named() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let message = open_error(file.path(), &[]);
     assert!(message.contains(&file.path().display().to_string()), "{message}");
+}
+
+#[test]
+fn directories_of_others_are_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let photos = dir.path().join("photos");
+    fs::create_dir(&photos).unwrap();
+    fs::write(photos.join("cat.jpg"), b"cat").unwrap();
+    assert!(open_error(&photos, &[]).contains("is not empty"));
+    assert!(open_error(&dir.path().join("data"), &[store("x", photos.clone())]).contains("is not empty"));
+    assert_eq!(fs::read_dir(&photos).unwrap().count(), 1);
 }
