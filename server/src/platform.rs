@@ -5,6 +5,7 @@
 //! ready at once). Everything under `shard/`, `journal/`, `object_store/` and `cache/` is generic over [`Platform`].
 
 pub mod blocking;
+pub mod glommio;
 pub mod sim;
 
 use std::future::Future;

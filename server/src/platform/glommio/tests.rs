@@ -1,0 +1,232 @@
+//! Component tests of the production platform: a real executor, real files, real sockets.
+
+use std::io::{ErrorKind, Read, Write};
+use std::rc::Rc;
+
+use futures::future::join_all;
+use glommio::{LocalExecutorBuilder, Placement};
+
+use super::{Acceptor, Glommio, plain_error};
+use crate::platform::{ByteReader, ByteWriter, Connection, File, OpenMode, Platform, Queue};
+
+/// Runs `test` on an executor with a fresh directory.
+fn on_executor<F: Future<Output = ()> + 'static>(test: impl FnOnce(Glommio, std::path::PathBuf) -> F + Send + 'static) {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path().to_owned();
+    LocalExecutorBuilder::new(Placement::Unbound)
+        .spawn(move || async move { test(Glommio::new().expect("platform"), path).await })
+        .expect("executor")
+        .join()
+        .expect("test");
+}
+
+fn pattern(len: usize, salt: u64) -> Vec<u8> {
+    (0..len as u64).map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(salt) >> 7) as u8).collect()
+}
+
+async fn write(platform: &Glommio, file: &super::GlommioFile, offset: u64, bytes: &[u8]) {
+    let mut buf = platform.alloc(bytes.len());
+    buf.copy_from_slice(bytes);
+    file.write_at(offset, buf).await.expect("write");
+}
+
+#[test]
+fn what_is_written_reads_back_after_sync_and_reopen() {
+    on_executor(|platform, dir| async move {
+        let path = dir.join("f");
+        let file = platform.open(&path, OpenMode::CreateNew).await.expect("create");
+        let data = pattern(64 << 10, 1);
+        write(&platform, &file, 8192, &data).await;
+        file.datasync().await.expect("sync");
+        assert_eq!(file.len().await.expect("len"), 8192 + data.len() as u64);
+        file.close().await.expect("close");
+        let file = platform.open(&path, OpenMode::Read).await.expect("open");
+        assert_eq!(&file.read_at(8192, data.len()).await.expect("read")[..], &data[..]);
+        assert!(file.read_at(0, 8192).await.expect("read").iter().all(|&b| b == 0));
+        file.close().await.expect("close");
+    });
+}
+
+#[test]
+fn transfers_above_the_limit_are_split_and_joined() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        let data = pattern(6 << 20, 2);
+        write(&platform, &file, 4096, &data).await;
+        assert!(file.read_at(4096, data.len()).await.expect("read")[..] == data[..]);
+        // Past the end: short in the middle of the pieces.
+        assert!(file.read_at(4096, 16 << 20).await.expect("read")[..] == data[..]);
+        file.close().await.expect("close");
+    });
+}
+
+#[test]
+fn reads_are_short_only_at_the_end() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        file.set_len(5000).await.expect("set_len");
+        assert_eq!(file.read_at(0, 8192).await.expect("read").len(), 5000);
+        assert_eq!(file.read_at(8192, 4096).await.expect("read").len(), 0);
+        file.set_len(4096).await.expect("set_len");
+        assert_eq!(file.len().await.expect("len"), 4096);
+        file.close().await.expect("close");
+    });
+}
+
+#[test]
+fn unaligned_transfers_are_refused() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        let refused = |result: std::io::Result<()>| result.expect_err("refused").kind() == ErrorKind::InvalidInput;
+        assert!(refused(file.read_at(512, 4096).await.map(drop)));
+        assert!(refused(file.read_at(0, 100).await.map(drop)));
+        assert!(refused(file.write_at(100, platform.alloc(4096)).await));
+        assert!(refused(file.write_at(0, platform.alloc(512)).await));
+        assert!(refused(file.deallocate(0, 512).await));
+        assert_eq!(file.len().await.expect("len"), 0);
+        file.close().await.expect("close");
+    });
+}
+
+#[test]
+fn a_punched_hole_reads_as_zeroes_and_nothing_else_changes() {
+    on_executor(|platform, dir| async move {
+        let path = dir.join("f");
+        let file = platform.open(&path, OpenMode::CreateNew).await.expect("create");
+        let mut data = pattern(1 << 20, 3);
+        write(&platform, &file, 0, &data).await;
+        file.datasync().await.expect("sync");
+        file.deallocate(64 << 10, 128 << 10).await.expect("punch");
+        file.deallocate(0, 0).await.expect("nothing to punch");
+        data[64 << 10..192 << 10].fill(0);
+        assert!(file.read_at(0, data.len()).await.expect("read")[..] == data[..]);
+        assert_eq!(file.len().await.expect("len"), 1 << 20);
+        file.close().await.expect("close");
+    });
+}
+
+#[test]
+fn errors_keep_their_kind() {
+    on_executor(|platform, dir| async move {
+        let missing = dir.join("missing");
+        let kind = |error: std::io::Error| error.kind();
+        for mode in [OpenMode::Read, OpenMode::ReadWrite] {
+            assert_eq!(platform.open(&missing, mode).await.map(drop).map_err(kind), Err(ErrorKind::NotFound));
+        }
+        let path = dir.join("f");
+        platform.open(&path, OpenMode::CreateNew).await.expect("create").close().await.expect("close");
+        let again = platform.open(&path, OpenMode::CreateNew).await;
+        assert_eq!(again.map(drop).map_err(kind), Err(ErrorKind::AlreadyExists));
+        assert_eq!(platform.remove_file(&missing).await.map_err(kind), Err(ErrorKind::NotFound));
+        assert_eq!(platform.hard_link(&path, &path).await.map_err(kind), Err(ErrorKind::AlreadyExists));
+        let read_only = platform.open(&path, OpenMode::Read).await.expect("open");
+        assert!(read_only.write_at(0, platform.alloc(4096)).await.is_err());
+        let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
+        assert_eq!(plain_error(full.into()).kind(), ErrorKind::StorageFull);
+    });
+}
+
+#[test]
+fn directories_are_made_listed_linked_and_synced() {
+    on_executor(|platform, dir| async move {
+        let sub = dir.join("a/b");
+        platform.create_dir_all(&sub).await.expect("mkdir");
+        platform.create_dir_all(&sub).await.expect("mkdir again");
+        platform.open(&sub.join("2"), OpenMode::CreateNew).await.expect("create").close().await.expect("close");
+        platform.rename(&sub.join("2"), &sub.join("1")).await.expect("rename");
+        platform.hard_link(&sub.join("1"), &sub.join("3")).await.expect("link");
+        platform.create_dir_all(&sub.join("d")).await.expect("mkdir");
+        platform.sync_dir(&sub).await.expect("sync");
+        let names: Vec<_> =
+            platform.list_dir(&sub).await.expect("list").into_iter().map(|e| (e.name, e.is_dir)).collect();
+        assert_eq!(names, [("1".to_owned(), false), ("3".to_owned(), false), ("d".to_owned(), true)]);
+        platform.remove_file(&sub.join("1")).await.expect("remove");
+        assert_eq!(platform.list_dir(&sub).await.expect("list").len(), 2);
+        let space = platform.space(&sub).await.expect("space");
+        assert!(space.total_bytes > 0 && space.free_bytes <= space.total_bytes);
+    });
+}
+
+#[test]
+fn clones_share_a_file_and_outlive_a_close() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        let writers = (0..32_u64).map(|i| {
+            let (platform, file) = (platform.clone(), file.clone());
+            async move { write(&platform, &file, i * 16384, &pattern(16384, i)).await }
+        });
+        join_all(writers).await;
+        let other = file.clone();
+        file.close().await.expect("close one handle");
+        for i in 0..32_u64 {
+            assert!(other.read_at(i * 16384, 16384).await.expect("read")[..] == pattern(16384, i)[..]);
+        }
+        other.close().await.expect("close the last");
+    });
+}
+
+#[test]
+fn a_pending_read_does_not_hold_back_a_write() {
+    on_executor(|platform, dir| async move {
+        let path = dir.join("socket");
+        let tcp = Acceptor::bind_tcp("127.0.0.1:0".parse().expect("address")).expect("bind");
+        let address = ("127.0.0.1", tcp.tcp_port().expect("port"));
+        echo_after_a_greeting(&platform, tcp, move || std::net::TcpStream::connect(address).expect("connect")).await;
+        let unix = Acceptor::bind_unix(&path).expect("bind");
+        let connect = move || std::os::unix::net::UnixStream::connect(path).expect("connect");
+        echo_after_a_greeting(&platform, unix, connect).await;
+    });
+}
+
+/// The server's reader waits before its writer sends 1 MiB, which the peer answers only when it has it all.
+async fn echo_after_a_greeting<S: Read + Write>(
+    platform: &Glommio,
+    acceptor: Acceptor,
+    connect: impl FnOnce() -> S + Send + 'static,
+) {
+    const LEN: usize = 1 << 20;
+    let peer = std::thread::spawn(move || {
+        let mut stream = connect();
+        let mut greeting = vec![0; LEN];
+        stream.read_exact(&mut greeting).expect("greeting");
+        stream.write_all(&greeting).expect("echo");
+        assert_eq!(stream.read(&mut [0; 1]).expect("end"), 0);
+    });
+    let connection = acceptor.accept().await.expect("accept");
+    assert!(!connection.peer().is_empty());
+    let (mut reader, mut writer) = connection.split();
+    let received = Rc::new(std::cell::RefCell::new(Vec::new()));
+    let (done_sender, done) = futures::channel::oneshot::channel();
+    platform.spawn(Queue::Serve, {
+        let received = received.clone();
+        async move {
+            let mut buf = vec![0; 64 << 10];
+            while received.borrow().len() < LEN {
+                let len = reader.read(&mut buf).await.expect("read");
+                received.borrow_mut().extend_from_slice(&buf[..len]);
+            }
+            done_sender.send(reader).ok();
+        }
+    });
+    platform.yield_now().await;
+    let greeting = pattern(LEN, 9);
+    writer.write_all(&greeting).await.expect("write");
+    let mut reader = done.await.expect("reader");
+    assert!(*received.borrow() == greeting);
+    writer.shutdown().await;
+    assert_eq!(reader.read(&mut [0; 16]).await.expect("end"), 0);
+    glommio::executor().spawn_blocking(move || peer.join()).await.expect("peer");
+}
+
+#[test]
+fn randomness_differs_between_platforms_and_time_moves() {
+    on_executor(|platform, _| async move {
+        let other = Glommio::new().expect("platform");
+        assert_ne!(platform.random_u64(), platform.random_u64());
+        assert_ne!(platform.random_u64(), other.random_u64());
+        let before = platform.now();
+        platform.sleep(std::time::Duration::from_millis(2)).await;
+        assert!(platform.now().since(before) >= std::time::Duration::from_millis(2));
+        assert!(platform.wall_clock_ms() > 1_600_000_000_000);
+    });
+}
