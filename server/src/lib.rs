@@ -3,11 +3,13 @@
 pub mod budget;
 pub mod cache;
 pub mod config;
+pub mod connection;
 pub mod control;
 pub mod datadir;
 pub mod error;
 pub mod import;
 pub mod journal;
+pub mod limits;
 pub mod metrics;
 pub mod object_store;
 pub mod parallel;

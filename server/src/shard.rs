@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::budget::TokenBucket;
+use crate::connection::Connections;
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
 use crate::object_store::ObjectStore;
@@ -82,6 +83,7 @@ struct Inner<P: Platform, O: ObjectStore> {
     manifests: Rc<Manifests<P, O>>,
     mesh: Mesh,
     counters: Rc<Counters>,
+    connections: Rc<Connections>,
     stores: Vec<Store>,
     volumes: RefCell<BTreeMap<VolumeId, Rc<Volume<P>>>>,
     names: RefCell<BTreeMap<Arc<str>, VolumeId>>,
@@ -146,6 +148,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             manifests,
             mesh,
             counters,
+            connections: Rc::default(),
             volumes: RefCell::default(),
             names: RefCell::default(),
             reserved: RefCell::default(),
@@ -228,6 +231,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 }
             }
         }
+    }
+
+    /// The connections of this shard's data port: whoever accepts them accounts for them here.
+    #[must_use]
+    pub fn connections(&self) -> Rc<Connections> {
+        self.0.connections.clone()
     }
 
     /// Waits until a [`Command::Stop`] is carried out.

@@ -271,13 +271,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volumes.iter().filter_map(needed).map(|name| name.to_string()).collect();
         snapshots_needed.sort_unstable();
         snapshots_needed.dedup();
+        let mut counters = self.0.counters.snapshot();
+        counters.extend(self.0.connections.counters());
         ShardStats {
             shard: self.0.config.shard,
             volumes: volumes.len() as u64,
             volumes_hydrated: count(&|v| v.hydrated.get()),
             volumes_attached: count(&|v| v.attachments.get().is_some_and(|n| n > 0)),
-            connections: 0,
-            counters: self.0.counters.snapshot(),
+            connections: self.0.connections.open(),
+            counters,
             gauges: vec![
                 ("cache_ram_bytes", "Bytes of verified chunks in the RAM cache.", cached),
                 ("fetches_queued", "Chunks waiting for a GET.", queued),

@@ -1,0 +1,37 @@
+//! The bounds of the data port and of a node's start and stop, each with its reason. Bounds of the protocol itself are
+//! in `volley_protocol::limits`.
+
+use std::time::Duration;
+
+/// Connections of one shard. A host holds a few connections, so this is some thousand hosts for each core; past it a
+/// new connection is closed at once, counted, and the host tries again with back-off.
+pub const CONNECTIONS_MAX: usize = 4096;
+
+/// A peer that has not said HELLO by then is a stranger or half open.
+pub const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Bytes of requests and expected replies in flight of one connection: 16 of the largest requests keep a disk busy, and
+/// a host that asks for more waits in its own socket, not in our memory.
+pub const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
+
+/// Replies that wait for a slow reader. Past it no further request of the connection is read.
+pub const OUTPUT_BYTES_MAX: usize = 4 << 20;
+
+/// A receive buffer's size until a larger frame comes: hundreds of the hot requests (65 bytes), and thousands of idle
+/// connections stay cheap.
+pub const RECEIVE_BUFFER_BYTES: usize = 64 << 10;
+
+/// An output buffer that grew beyond this is given back after its write.
+pub const OUTPUT_BUFFER_KEPT_BYTES: usize = 256 << 10;
+
+/// How long a stopping shard waits for its last replies to leave.
+pub const FLUSH_REPLIES_MAX: Duration = Duration::from_secs(1);
+
+/// After an accept that failed (no descriptors left, mostly) the listener waits before it tries again.
+pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Commands of the control thread waiting for one shard.
+pub const COMMANDS_DEPTH: usize = 1024;
+
+const _: () = assert!(IN_FLIGHT_BYTES_MAX >= volley_protocol::limits::PAYLOAD_BYTES_MAX as usize);
+const _: () = assert!(OUTPUT_BYTES_MAX >= volley_protocol::limits::FRAME_BYTES_MAX);
