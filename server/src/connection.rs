@@ -9,8 +9,6 @@
 mod convert;
 mod reader;
 mod session;
-#[cfg(test)]
-mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
 //! The Volley storage server: everything of a node as a library. `volleyd` only wires it.
 
+pub mod bootstrap;
 pub mod budget;
 pub mod cache;
 pub mod config;

@@ -5,7 +5,8 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -18,6 +19,11 @@ use glommio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use super::plain_error;
 use crate::platform::{ByteReader, ByteWriter, Connection};
 
+/// Connections that the kernel completes before they are accepted: a node's hosts may all reconnect at once.
+const BACKLOG: libc::c_int = 1024;
+/// A peer that acknowledges nothing for this long is gone.
+const DEAD_AFTER_SECONDS: libc::c_int = 60;
+
 /// A bound listener of one shard.
 pub enum Acceptor {
     Tcp(TcpListener),
@@ -25,13 +31,18 @@ pub enum Acceptor {
 }
 
 impl Acceptor {
-    /// Binds a TCP address. The socket shares its port with other sockets that ask for it (`SO_REUSEPORT`), so the
-    /// caller checks beforehand that no other process has it.
+    /// Takes over a listener that is bound already. glommio's own `bind` shares the port with whoever asks for it
+    /// (`SO_REUSEPORT`), which would hide that another server has it.
     ///
     /// # Errors
-    /// As `bind(2)`.
-    pub fn bind_tcp(address: SocketAddr) -> io::Result<Acceptor> {
-        TcpListener::bind(address).map(Acceptor::Tcp).map_err(plain_error)
+    /// As `listen(2)`.
+    pub fn from_tcp(listener: std::net::TcpListener) -> io::Result<Acceptor> {
+        // SAFETY: the descriptor is a live listening socket; listening again only changes its backlog.
+        if unsafe { libc::listen(listener.as_raw_fd(), BACKLOG) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is owned, listening, and given up by `into_raw_fd`.
+        Ok(Acceptor::Tcp(unsafe { TcpListener::from_raw_fd(listener.into_raw_fd()) }))
     }
 
     /// Binds a path that must not exist.
@@ -40,15 +51,6 @@ impl Acceptor {
     /// As `bind(2)`.
     pub fn bind_unix(path: &Path) -> io::Result<Acceptor> {
         UnixListener::bind(path).map(Acceptor::Unix).map_err(plain_error)
-    }
-
-    /// The port of a TCP listener.
-    #[must_use]
-    pub fn tcp_port(&self) -> Option<u16> {
-        match self {
-            Acceptor::Tcp(listener) => listener.local_addr().ok().map(|address| address.port()),
-            Acceptor::Unix(_) => None,
-        }
     }
 
     /// Waits for the next connection.
@@ -61,12 +63,30 @@ impl Acceptor {
                 let stream = listener.accept().await.map_err(plain_error)?;
                 // Replies are written once and whole: Nagle would only hold them back.
                 stream.set_nodelay(true).map_err(plain_error)?;
+                notice_dead_peers(stream.as_raw_fd())?;
                 Stream::Tcp(stream)
             }
             Acceptor::Unix(listener) => Stream::Unix(listener.accept().await.map_err(plain_error)?),
         };
         Ok(GlommioConnection::new(stream))
     }
+}
+
+/// Lets the kernel end a connection whose host is gone: it would hold its place and its unsent replies for ever.
+fn notice_dead_peers(socket: RawFd) -> io::Result<()> {
+    let dead_after_ms = DEAD_AFTER_SECONDS * 1000;
+    set_option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, DEAD_AFTER_SECONDS / 2)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, DEAD_AFTER_SECONDS / 6)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 3)?;
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, dead_after_ms)
+}
+
+fn set_option(socket: RawFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the option value is an int that outlives the call, and `len` is its size.
+    let result = unsafe { libc::setsockopt(socket, level, option, (&raw const value).cast(), len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 enum Stream {

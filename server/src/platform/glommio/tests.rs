@@ -169,8 +169,9 @@ fn clones_share_a_file_and_outlive_a_close() {
 fn a_pending_read_does_not_hold_back_a_write() {
     on_executor(|platform, dir| async move {
         let path = dir.join("socket");
-        let tcp = Acceptor::bind_tcp("127.0.0.1:0".parse().expect("address")).expect("bind");
-        let address = ("127.0.0.1", tcp.tcp_port().expect("port"));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("address");
+        let tcp = Acceptor::from_tcp(listener).expect("listen");
         echo_after_a_greeting(&platform, tcp, move || std::net::TcpStream::connect(address).expect("connect")).await;
         let unix = Acceptor::bind_unix(&path).expect("bind");
         let connect = move || std::os::unix::net::UnixStream::connect(path).expect("connect");

@@ -1,0 +1,181 @@
+//! The thread of one shard: its executor, its stages at the start, its accept loop, its end.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
+
+use super::executor::{cannot_start, platform};
+use super::listen::Bound;
+use crate::connection::{self, Connections};
+use crate::error::{Error, Result, Status};
+use crate::journal::Journal;
+use crate::limits::{ACCEPT_RETRY, FLUSH_REPLIES_MAX};
+use crate::object_store::dir::DirStore;
+use crate::object_store::{ObjectError, ObjectStoreUrl};
+use crate::platform::glommio::{Acceptor, Glommio};
+use crate::platform::{Platform, Queue};
+use crate::shard::api::Command;
+use crate::shard::mesh::Mesh;
+use crate::shard::{Shard, ShardConfig};
+use crate::types::VolumeState;
+
+/// Status of the error of a thread that ended without a report: the reason comes from joining it.
+pub(super) const SILENT: Status = Status::Internal;
+
+type GlommioShard = Shard<Glommio, DirStore<Glommio>>;
+
+/// What a shard's thread takes with it.
+pub(super) struct ShardSeed {
+    pub(super) cpu: usize,
+    pub(super) journal_dir: PathBuf,
+    pub(super) epoch: u64,
+    pub(super) object_store: ObjectStoreUrl,
+    pub(super) config: ShardConfig,
+    pub(super) volumes: Vec<VolumeState>,
+    pub(super) mesh: Mesh,
+    pub(super) commands: flume::Receiver<Command>,
+    pub(super) listener: Bound,
+}
+
+/// A shard's thread as the starting thread sees it.
+pub(super) struct ShardThread {
+    shard: usize,
+    reports: flume::Receiver<Result<()>>,
+    go: flume::Sender<()>,
+    executor: ExecutorJoinHandle<Result<()>>,
+}
+
+impl ShardThread {
+    pub(super) fn spawn(seed: ShardSeed) -> Result<ShardThread> {
+        let shard = seed.config.shard;
+        let (reporter, reports) = flume::bounded(1);
+        let (go, gate) = flume::bounded(1);
+        let stages = Stages { reporter, gate };
+        let executor = LocalExecutorBuilder::new(Placement::Fixed(seed.cpu))
+            .name(&format!("volley-{shard}"))
+            .spawn(move || run(seed, stages))
+            .map_err(cannot_start)?;
+        Ok(ShardThread { shard, reports, go, executor })
+    }
+
+    /// Waits until the shard has passed its stage.
+    pub(super) fn report(&self) -> Result<()> {
+        let silent = |_| Err(Error::new(SILENT, format!("shard {} ended while starting", self.shard)));
+        self.reports.recv().unwrap_or_else(silent)
+    }
+
+    /// Lets the shard go on to its next stage.
+    pub(super) fn proceed(&self) {
+        // A shard that is gone by now is noticed at its next report.
+        let _ = self.go.send(());
+    }
+
+    /// Ends a start: a shard that waits for its next stage gives up.
+    pub(super) fn abandon(self) -> Result<()> {
+        let ShardThread { shard, reports, go, executor } = self;
+        drop((reports, go));
+        end_of(shard, executor)
+    }
+
+    /// Waits for the end of a shard that was started wholly.
+    pub(super) fn join(self) -> Result<()> {
+        end_of(self.shard, self.executor)
+    }
+}
+
+fn end_of(shard: usize, executor: ExecutorJoinHandle<Result<()>>) -> Result<()> {
+    let ended = executor.join().map_err(cannot_start).and_then(|result| result);
+    ended.map_err(|error| Error::new(error.status, format!("shard {shard}: {}", error.message)))
+}
+
+/// A shard's side of the start: it reports each stage and waits until all others have passed it too.
+struct Stages {
+    reporter: flume::Sender<Result<()>>,
+    gate: flume::Receiver<()>,
+}
+
+impl Stages {
+    /// `false`: the start was abandoned.
+    async fn passed(&self) -> bool {
+        let _ = self.reporter.send(Ok(()));
+        self.gate.recv_async().await.is_ok()
+    }
+
+    /// Reports a failure and hands the value on if there is none.
+    fn check<T>(&self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| drop(self.reporter.send(Err(error)))).ok()
+    }
+}
+
+async fn run(seed: ShardSeed, stages: Stages) -> Result<()> {
+    let ShardSeed { journal_dir, epoch, object_store, config, volumes, mesh, commands, listener, .. } = seed;
+    let shard = config.shard;
+    let platform = platform()?;
+    let prepared = prepare(&platform, &journal_dir, epoch, shard, &object_store, &volumes, listener).await;
+    let Some(Prepared { objects, journal, acceptor, socket }) = stages.check(prepared) else { return Ok(()) };
+    let mut end = Ok(());
+    if stages.passed().await {
+        let started = Shard::start(platform.clone(), objects, journal, config, volumes, mesh, commands).await;
+        if let Some(shard) = stages.check(started) {
+            let serving = stages.passed().await;
+            end = serve(&platform, &shard, serving.then_some(acceptor)).await;
+        }
+    }
+    if let Some(path) = socket {
+        let _ = platform.remove_file(&path).await;
+    }
+    end
+}
+
+struct Prepared {
+    objects: DirStore<Glommio>,
+    journal: Journal<Glommio>,
+    acceptor: Acceptor,
+    socket: Option<PathBuf>,
+}
+
+/// Everything that can fail without having changed anything that counts. The listener last: it leaves a socket file.
+async fn prepare(
+    platform: &Glommio,
+    journal_dir: &std::path::Path,
+    epoch: u64,
+    shard: usize,
+    object_store: &ObjectStoreUrl,
+    volumes: &[VolumeState],
+    listener: Bound,
+) -> Result<Prepared> {
+    let ObjectStoreUrl::File(root) = object_store;
+    let objects = DirStore::open(platform.clone(), root.clone()).await.map_err(no_object_store)?;
+    let journal = Journal::create(platform, journal_dir, epoch, shard, volumes.iter().cloned()).await?;
+    let (acceptor, socket) = listener.into_acceptor()?;
+    Ok(Prepared { objects, journal, acceptor, socket })
+}
+
+fn no_object_store(error: ObjectError) -> Error {
+    Error::new(Status::ObjectStore, error.to_string())
+}
+
+/// Accepts until the shard is told to stop, then lets the last replies leave. Without an acceptor it only stops.
+async fn serve(platform: &Glommio, shard: &GlommioShard, acceptor: Option<Acceptor>) -> Result<()> {
+    let connections = shard.connections();
+    if let Some(acceptor) = acceptor {
+        platform.spawn(Queue::Serve, accept(platform.clone(), shard.clone(), connections.clone(), acceptor));
+    }
+    shard.stopped().await;
+    connections.close_all(platform, FLUSH_REPLIES_MAX).await;
+    Ok(())
+}
+
+async fn accept(platform: Glommio, shard: GlommioShard, connections: Rc<Connections>, acceptor: Acceptor) {
+    loop {
+        match acceptor.accept().await {
+            Ok(_) if shard.is_stopping() => return,
+            Ok(connection) => connection::serve(&platform, &connections, &shard, connection),
+            Err(error) => {
+                tracing::warn!(%error, "accepting a connection");
+                platform.sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
