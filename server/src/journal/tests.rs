@@ -4,6 +4,7 @@
 mod checkpoint;
 mod codec;
 mod commit;
+mod crash;
 mod directory;
 mod harness;
 mod labels;

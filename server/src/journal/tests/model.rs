@@ -115,6 +115,12 @@ impl Model {
         }
     }
 
+    /// A model that has what was recovered.
+    pub(super) fn from_states(states: &[VolumeState]) -> Model {
+        let volumes = states.iter().map(|state| (state.spec.id.0, Volume::from_state(state)));
+        Model { volumes: volumes.collect() }
+    }
+
     fn on(&mut self, id: u64, act: impl FnOnce(&mut Volume) -> Record) -> Option<Record> {
         self.volumes.get_mut(&id).map(act)
     }
@@ -135,6 +141,21 @@ impl Model {
 impl Volume {
     fn add(&mut self, chunk: u32, sectors: impl IntoIterator<Item = u32>) {
         self.sectors.extend(sectors.into_iter().map(|sector| (chunk, sector)));
+    }
+
+    fn from_state(state: &VolumeState) -> Volume {
+        let VolumeState { spec, generation, hydrated, residency } = state.clone();
+        let mut volume = Volume { spec, generation, hydrated, sectors: BTreeSet::new() };
+        for (chunk, residency) in residency {
+            let real = 0..sectors_of(&volume.spec, chunk);
+            let sectors = real.filter(|sector| match &residency {
+                ChunkResidency::Absent => false,
+                ChunkResidency::Resident => true,
+                ChunkResidency::Partial(words) => words[*sector as usize / 64] & (1 << (sector % 64)) != 0,
+            });
+            volume.add(chunk, sectors);
+        }
+        volume
     }
 
     fn state(&self) -> VolumeState {
