@@ -26,7 +26,7 @@ impl Outcome {
         self.stdout
     }
 
-    /// The error line; panics if it succeeded, hung, panicked, or printed anything but one line to stderr.
+    /// The error line; panics if it succeeded, hung, panicked, or printed more than one line to stderr.
     pub(crate) fn failure(self) -> String {
         let Outcome { command, code, stdout, stderr } = self;
         assert!(
@@ -34,7 +34,8 @@ impl Outcome {
             "{command} exited with {code}, an error was expected:\n{stdout}{stderr}"
         );
         assert!(!stderr.contains("panicked"), "{command} panicked:\n{stderr}");
-        assert_eq!(stderr.trim_end().lines().count(), 1, "{command}: not one line:\n{stderr}");
+        // Wrong usage (exit code 2) comes with a hint on further lines.
+        assert!(code == 2 || stderr.trim_end().lines().count() == 1, "{command}: not one line:\n{stderr}");
         stderr.trim_end().to_string()
     }
 
