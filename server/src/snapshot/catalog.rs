@@ -197,3 +197,6 @@ fn decode(name: &str, bytes: &[u8]) -> Result<Manifest, CatalogError> {
     }
     Ok(manifest)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+//! `volley image` as an operator meets it: the real binary, its exit codes, and what it says.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+struct Lab {
+    dir: tempfile::TempDir,
+}
+
+impl Lab {
+    fn new() -> Lab {
+        Lab { dir: tempfile::tempdir().expect("scratch directory") }
+    }
+
+    fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, content).expect("write");
+        path
+    }
+
+    fn volley(&self, args: &[&str]) -> Output {
+        let url = format!("file:{}", self.dir.path().join("objects").display());
+        self.volley_at(Some(&url), args)
+    }
+
+    fn volley_at(&self, url: Option<&str>, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_volley"));
+        command.args(args).current_dir(self.dir.path()).env_remove("VOLLEY_OBJECT_STORE");
+        if let Some(url) = url {
+            command.env("VOLLEY_OBJECT_STORE", url);
+        }
+        command.output().expect("run volley")
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let out = self.volley(args);
+        assert!(out.status.success(), "{args:?}: {}", stderr(&out));
+        String::from_utf8(out.stdout).expect("text")
+    }
+
+    /// Runs a command that must fail with one line that contains all of `why`.
+    fn fails(&self, args: &[&str], why: &[&str]) {
+        refused(&self.volley(args), why);
+    }
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+fn refused(out: &Output, why: &[&str]) {
+    let text = stderr(out);
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("volley: error: ") && text.lines().count() == 1, "{text:?}");
+    for part in why {
+        assert!(text.contains(part), "{part:?} is not in {text:?}");
+    }
+}
+
+fn content() -> Vec<u8> {
+    (0..1_500_000u32).flat_map(|i| (i / 3 * 7).to_le_bytes()).collect()
+}
+
+#[test]
+fn an_image_goes_in_and_comes_out_again() {
+    let lab = Lab::new();
+    lab.file("image", &content());
+    let text = lab.ok(&["image", "import", "image", "--name", "a", "--chunk-size", "64KiB", "--parallel", "2"]);
+    for part in ["imported \"a\" from a raw image", "zero", "duplicate", "stored", "time"] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    let report = lab.ok(&["--json", "image", "import", "image", "--name", "b", "--chunk-size", "64K"]);
+    let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+    assert_eq!(report["stored_chunks"], 0);
+    assert_eq!(report["size_bytes"], 6_000_128);
+    assert_eq!(report["image_bytes"], 6_000_000);
+    assert!(report["notes"][0].as_str().expect("a note").contains("padded with 128 zero bytes"), "{report}");
+
+    let list: serde_json::Value = serde_json::from_str(&lab.ok(&["image", "list", "--json"])).expect("JSON");
+    assert_eq!(list.as_array().map(Vec::len), Some(2));
+    assert_eq!(list[0]["name"], "a");
+    assert!(lab.ok(&["image", "list"]).contains("NAME"));
+    assert!(lab.ok(&["image", "show", "a"]).contains("6000128 bytes"));
+    assert!(lab.ok(&["image", "verify", "a"]).contains("is good"));
+
+    lab.ok(&["image", "export", "a", "out.raw"]);
+    let mut expected = content();
+    expected.resize(6_000_128, 0);
+    assert!(fs::read(lab.dir.path().join("out.raw")).expect("read") == expected);
+    lab.fails(&["image", "export", "a", "out.raw"], &["out.raw", "--force"]);
+    lab.ok(&["image", "export", "a", "out.raw", "--force"]);
+    let piped = lab.volley(&["image", "export", "b", "-"]);
+    assert!(piped.status.success() && piped.stdout == expected);
+
+    assert!(lab.ok(&["image", "delete", "a"]).contains("removed 0 packs"), "b still needs it");
+    assert!(lab.ok(&["image", "delete", "b"]).contains("removed 1 packs"));
+    assert!(lab.ok(&["image", "gc"]).contains("removed 0 packs"));
+    assert_eq!(lab.ok(&["image", "list", "--json"]).trim(), "[]");
+    let left: Vec<_> = fs::read_dir(lab.dir.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
+    assert_eq!(left.len(), 3, "image, out.raw and objects: no temporary file stays, {left:?}");
+}
+
+#[test]
+fn bad_input_gets_one_line_that_names_it() {
+    let lab = Lab::new();
+    lab.file("image", &content());
+    lab.fails(&["image", "import", "missing.raw", "--name", "a"], &["missing.raw", "No such file"]);
+    lab.fails(&["image", "list"], &["objects", "does not exist"]);
+    refused(&lab.volley_at(None, &["image", "list"]), &["--object-store", "VOLLEY_OBJECT_STORE"]);
+    refused(&lab.volley_at(Some("s3://bucket"), &["image", "list"]), &["not supported yet, use file:DIR"]);
+    refused(&lab.volley_at(Some("file:objects"), &["image", "list"]), &["absolute"]);
+
+    lab.ok(&["image", "import", "image", "--name", "a"]);
+    lab.fails(&["image", "import", "image", "--name", "a"], &["\"a\" exists already"]);
+    lab.fails(&["image", "import", "image", "--name", "x/y"], &["x/y", "letters"]);
+    lab.file("bad.qcow2", b"QFI\xfb\0\0\0\x03 and no more");
+    lab.fails(&["image", "import", "bad.qcow2", "--name", "b"], &["bad.qcow2", "truncated"]);
+    lab.file("empty", b"");
+    lab.fails(&["image", "import", "empty", "--name", "b"], &["empty"]);
+    for command in ["show", "verify", "delete"] {
+        lab.fails(&["image", command, "nosuch"], &["no snapshot \"nosuch\""]);
+    }
+    lab.fails(&["image", "export", "nosuch", "o.raw"], &["no snapshot \"nosuch\""]);
+    lab.fails(&["image", "export", "a", "no/such/dir/o.raw"], &["no/such/dir/o.raw"]);
+    lab.fails(&["image", "gc", "--incomplete", "b"], &["no interrupted import of \"b\""]);
+    assert_eq!(lab.volley(&["image", "import", "image", "--name", "c", "--chunk-size", "3"]).status.code(), Some(2));
+    assert_eq!(lab.volley(&["image", "frobnicate"]).status.code(), Some(2));
+
+    let out = lab.volley(&["image", "show", "nosuch", "--json"]);
+    let error: serde_json::Value = serde_json::from_str(&stderr(&out)).expect("JSON");
+    assert_eq!(error["error"]["code"], "unknown_snapshot");
+    assert_eq!(out.status.code(), Some(1));
+}
+
+#[test]
+fn damage_in_the_store_is_found_and_named() {
+    let lab = Lab::new();
+    lab.file("image", &content());
+    lab.ok(&["image", "import", "image", "--name", "a"]);
+    let objects = lab.dir.path().join("objects");
+    let import = fs::read_dir(objects.join("packs")).expect("packs").next().expect("one").expect("entry").path();
+    let pack = import.join("000000");
+    let whole = fs::read(&pack).expect("read");
+    let mut flipped = whole.clone();
+    flipped[1000] ^= 4;
+    fs::write(&pack, &flipped).expect("write");
+    lab.fails(&["image", "verify", "a"], &["\"a\" is damaged", "chunk 0", "packs/", "offset 32"]);
+    lab.fails(&["image", "export", "a", "o.raw"], &["chunk 0", "packs/"]);
+    assert!(!lab.dir.path().join("o.raw").exists());
+    fs::write(&pack, &whole[..whole.len() / 2]).expect("write");
+    lab.fails(&["image", "verify", "a"], &["truncated"]);
+
+    let manifest = objects.join("snapshots/a");
+    let mut bytes = fs::read(&manifest).expect("read");
+    bytes[8] = 7;
+    fs::write(&manifest, &bytes).expect("write");
+    lab.fails(&["image", "show", "a"], &["\"a\"", "format version 7", "upgrade"]);
+    lab.fails(&["image", "list"], &["format version 7"]);
+    bytes.truncate(70);
+    bytes[8] = 1;
+    fs::write(&manifest, &bytes).expect("write");
+    lab.fails(&["image", "show", "a"], &["truncated"]);
+}
