@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
+use crate::object_store::ObjectStoreUrl;
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
 use crate::units::{ByteSize, Span};
@@ -267,6 +268,9 @@ impl Config {
         if self.cache.ram_bytes.0 < CACHE_RAM_BYTES_MIN {
             let min = ByteSize(CACHE_RAM_BYTES_MIN);
             return fail(format!("cache.ram_bytes: {} is less than {min}", self.cache.ram_bytes));
+        }
+        if let Some(Err(e)) = self.object_store.as_ref().map(|url| url.parse::<ObjectStoreUrl>()) {
+            return fail(format!("object_store: {e}"));
         }
         self.check_hydration()?;
         self.check_deadlines()?;

@@ -25,7 +25,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::get;
 
 use crate::datadir::Store;
-use crate::shard::api::{Command, ShardMap};
+use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
 use problem::Problem;
@@ -46,7 +46,8 @@ pub struct Settings {
     pub default_rate: HydrationRate,
     /// Command channel of each shard, by shard number.
     pub commands: Vec<flume::Sender<Command>>,
-    pub shard_map: ShardMap,
+    /// Data port of each shard, as an operator writes it.
+    pub addresses: Vec<String>,
 }
 
 /// State of the control thread. A clone is another handle to it.
@@ -59,7 +60,7 @@ struct Inner {
     object_store: String,
     stores: Vec<Store>,
     default_rate: HydrationRate,
-    shard_map: ShardMap,
+    addresses: Vec<String>,
     shards: Shards,
     started: SystemTime,
     /// Round robin over the stores.
@@ -73,14 +74,14 @@ impl Control {
     #[must_use]
     #[allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
     pub fn new(settings: Settings) -> Control {
-        let Settings { node_id, data, object_store, stores, default_rate, commands, shard_map } = settings;
+        let Settings { node_id, data, object_store, stores, default_rate, commands, addresses } = settings;
         Control(Arc::new(Inner {
             node_id,
             data,
             object_store,
             stores,
             default_rate,
-            shard_map,
+            addresses,
             shards: Shards::new(commands),
             started: SystemTime::now(),
             next_store: AtomicUsize::new(0),

@@ -83,7 +83,7 @@ pub(super) async fn show(State(control): State<Control>) -> Answer<Json<Node>> {
         volumes_hydrated: sum(|stats| stats.volumes_hydrated),
         volumes_attached: sum(|stats| stats.volumes_attached),
         connections: sum(|stats| stats.connections),
-        shards: stats.iter().map(|stats| Shard::new(stats, inner.shard_map.get(stats.shard).cloned())).collect(),
+        shards: stats.iter().map(|stats| Shard::new(stats, inner.addresses.get(stats.shard).cloned())).collect(),
         events: stats.iter().flat_map(|stats| stats.events.iter().cloned()).collect(),
     }))
 }

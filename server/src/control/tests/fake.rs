@@ -86,7 +86,7 @@ impl Node {
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
             commands: commands.clone(),
-            shard_map: Arc::from(vec!["127.0.0.1:1".to_string(); shards]),
+            addresses: vec!["127.0.0.1:1".to_string(); shards],
         });
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
