@@ -302,13 +302,16 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     async fn attach(&self, name: &str, resume: Option<u64>) -> Result<Reply> {
         let volume = self.by_name(name)?;
         match resume {
-            Some(generation) => self.resume(&volume, generation)?,
+            Some(generation) => self.resume(&volume, generation).await?,
             None => self.attach_fresh(&volume).await?,
         }
         Ok(Reply::Attached(attach_info(&volume)))
     }
 
-    fn resume(&self, volume: &Volume<P>, generation: u64) -> Result<()> {
+    /// The same writer on a new connection. What it sent over the lost one ends before the answer: it may send it again
+    /// and must not be overtaken by its own past.
+    async fn resume(&self, volume: &Volume<P>, generation: u64) -> Result<()> {
+        volume.writes_done.until(|| volume.writing.get() == 0).await;
         let (name, current) = (&*volume.spec.name, volume.generation.get());
         if generation != current {
             self.0.counters.stale_generations.add(1);
