@@ -21,7 +21,7 @@ use futures::task::AtomicWaker;
 
 use crate::limits::{CONNECTIONS_MAX, HELLO_DEADLINE, OUTPUT_BUFFER_KEPT_BYTES};
 use crate::platform::{ByteWriter, Connection, Platform, Queue};
-use crate::shard::api::Handler;
+use crate::shard::api::{ConnectionId, Handler};
 use session::Session;
 
 /// All connections of one shard, and what happened on them.
@@ -155,14 +155,15 @@ pub fn serve<P: Platform, H: Handler>(
         tracing::warn!(peer, max = CONNECTIONS_MAX, "connection refused: too many");
         return;
     };
+    let from = ConnectionId::new(handler.shard(), id);
     let (reader, writer) = connection.split();
     platform.spawn(Queue::Serve, {
         let (platform, connections, handler, session) =
             (platform.clone(), connections.clone(), handler.clone(), session.clone());
         async move {
-            reader::read_requests(platform, &connections, &handler, &session, reader, &peer).await;
-            for (volume, generation) in session.end_reading() {
-                handler.connection_lost(volume, generation);
+            reader::read_requests(platform, &connections, &handler, &session, reader, (from, &peer)).await;
+            for volume in session.end_reading() {
+                handler.connection_lost(volume, from);
             }
         }
     });

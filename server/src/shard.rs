@@ -32,7 +32,8 @@ use crate::platform::{Platform, Queue};
 use crate::snapshot::Manifest;
 use crate::transfer::{QueueLimits, RetryPolicy, Transfer};
 use crate::types::{SECTOR_BYTES, VolumeId, VolumeState};
-use api::{AttachInfo, Command, Extent, Handler, Reply, Request, ShardMap};
+use api::{AttachInfo, Command, ConnectionId, Extent, Handler, Reply, Request, ShardMap};
+use datapath::Claim;
 use hydrate::Store;
 use manifests::Manifests;
 use mesh::{Mesh, MeshMessage};
@@ -224,10 +225,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         while let Ok(message) = inbox.recv_async().await {
             match message {
                 MeshMessage::Fetch { wanted, class } => self.0.transfer.fetch(wanted, class),
-                MeshMessage::ConnectionLost { volume, generation } => self.drop_attachment(volume, generation),
-                MeshMessage::Request { request, reply } => {
+                MeshMessage::ConnectionLost { volume, from } => self.drop_attachment(volume, from),
+                MeshMessage::Request { request, from, reply } => {
                     let shard = self.clone();
-                    self.0.platform.spawn(Queue::Serve, async move { drop(reply.send(shard.serve(request).await)) });
+                    self.0
+                        .platform
+                        .spawn(Queue::Serve, async move { drop(reply.send(shard.serve(request, from).await)) });
                 }
             }
         }
@@ -299,19 +302,18 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(manifest)
     }
 
-    async fn attach(&self, name: &str, resume: Option<u64>) -> Result<Reply> {
+    async fn attach(&self, name: &str, resume: Option<u64>, from: ConnectionId) -> Result<Reply> {
         let volume = self.by_name(name)?;
         match resume {
-            Some(generation) => self.resume(&volume, generation).await?,
-            None => self.attach_fresh(&volume).await?,
+            Some(generation) => self.resume(&volume, generation, from).await?,
+            None => self.attach_fresh(&volume, from).await?,
         }
         Ok(Reply::Attached(attach_info(&volume)))
     }
 
-    /// The same writer on a new connection. What it sent over the lost one ends before the answer: it may send it again
-    /// and must not be overtaken by its own past.
-    async fn resume(&self, volume: &Volume<P>, generation: u64) -> Result<()> {
-        volume.writes_done.until(|| volume.writing.get() == 0).await;
+    /// The same writer on a new connection. What it sent over the old one ends before the answer or is refused: it may
+    /// send it again and must not be overtaken by its own past.
+    async fn resume(&self, volume: &Volume<P>, generation: u64, from: ConnectionId) -> Result<()> {
         let (name, current) = (&*volume.spec.name, volume.generation.get());
         if generation != current {
             self.0.counters.stale_generations.add(1);
@@ -319,36 +321,40 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 format!("volume {name:?}: generation {generation} is fenced by {current}: another host attached");
             return Err(Error::new(Status::StaleGeneration, message));
         }
-        volume.attachments.set(Some(volume.attachments.get().unwrap_or(0) + 1));
-        Ok(())
+        volume.attached.set(Some(from));
+        volume.writes_done.until(|| volume.writing.get() == 0).await;
+        self.still_attached(volume, generation, from)
     }
 
     /// A new generation (P7): older ones are refused at once, their writes in flight end, the generation becomes
     /// durable, then the attach is answered.
-    async fn attach_fresh(&self, volume: &Rc<Volume<P>>) -> Result<()> {
+    async fn attach_fresh(&self, volume: &Rc<Volume<P>>, from: ConnectionId) -> Result<()> {
         let generation = volume.generation.get() + 1;
         volume.generation.set(generation);
-        volume.attachments.set(Some(1));
+        volume.attached.set(Some(from));
         volume.writes_done.until(|| volume.writing.get() == 0).await;
         let lsn = self.0.journal.append(&Record::Generation { volume: volume.spec.id, generation });
         self.0.journal.commit(lsn).await?;
-        if volume.generation.get() != generation {
+        self.still_attached(volume, generation, from)
+    }
+
+    fn still_attached(&self, volume: &Volume<P>, generation: u64, from: ConnectionId) -> Result<()> {
+        if volume.generation.get() != generation || volume.attached.get() != Some(from) {
             let message = format!("volume {:?}: another host attached meanwhile", &*volume.spec.name);
             return Err(Error::new(Status::StaleGeneration, message));
         }
         Ok(())
     }
 
-    fn detach(&self, id: VolumeId, generation: u64) -> Result<Reply> {
-        let volume = self.writer(id, generation)?;
-        volume.attachments.set(None);
+    fn detach(&self, claim: Claim) -> Result<Reply> {
+        self.writer(claim)?.attached.set(None);
         Ok(Reply::Done)
     }
 
-    fn drop_attachment(&self, id: VolumeId, generation: u64) {
+    fn drop_attachment(&self, id: VolumeId, from: ConnectionId) {
         let Ok(volume) = self.volume(id) else { return };
-        if volume.generation.get() == generation {
-            volume.attachments.set(volume.attachments.get().map(|n| n.saturating_sub(1)));
+        if volume.attached.get() == Some(from) {
+            volume.attached.set(None);
         }
     }
 
@@ -385,10 +391,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     /// Serves a request for a volume of this shard (listings: of this shard's volumes).
-    async fn serve(&self, request: Request) -> Result<Reply> {
+    async fn serve(&self, request: Request, from: ConnectionId) -> Result<Reply> {
         self.refuse_when_stopping()?;
         self.0.in_flight.set(self.0.in_flight.get() + 1);
-        let result = self.dispatch(request).await;
+        let result = self.dispatch(request, from).await;
         self.0.in_flight.set(self.0.in_flight.get() - 1);
         if self.0.stopping.get() {
             self.0.drained.wake_all();
@@ -399,21 +405,24 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         result
     }
 
-    async fn dispatch(&self, request: Request) -> Result<Reply> {
+    async fn dispatch(&self, request: Request, from: ConnectionId) -> Result<Reply> {
+        let claim = |volume, generation| Claim { volume, generation, from };
         match request {
-            Request::Attach { name, resume_generation } => self.attach(&name, resume_generation).await,
+            Request::Attach { name, resume_generation } => self.attach(&name, resume_generation, from).await,
             Request::Lookup { name } => Ok(Reply::Attached(attach_info(&*self.by_name(&name)?))),
-            Request::Detach { volume, generation } => self.detach(volume, generation),
-            Request::Read { volume, generation, offset, len } => self.read(volume, generation, offset, len).await,
-            Request::Write { volume, generation, offset, data, fua } => {
-                self.write(volume, generation, offset, &data, fua).await
+            Request::Detach { volume, generation } => self.detach(claim(volume, generation)),
+            Request::Read { volume, generation, offset, len } => {
+                self.read(claim(volume, generation), offset, len).await
             }
-            Request::Flush { volume, generation } => self.flush(volume, generation).await,
+            Request::Write { volume, generation, offset, data, fua } => {
+                self.write(claim(volume, generation), offset, &data, fua).await
+            }
+            Request::Flush { volume, generation } => self.flush(claim(volume, generation)).await,
             Request::Discard { volume, generation, offset, len } => {
-                self.zero(volume, generation, (offset, len), false, false).await
+                self.zero(claim(volume, generation), (offset, len), false, false).await
             }
             Request::WriteZeroes { volume, generation, offset, len, fua } => {
-                self.zero(volume, generation, (offset, len), true, fua).await
+                self.zero(claim(volume, generation), (offset, len), true, fua).await
             }
             Request::PriorityFetch { volume, offset, len, until } => {
                 self.priority_fetch(volume, offset, len, until).await
@@ -444,10 +453,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
     }
 
-    async fn forward(&self, owner: usize, request: Request) -> Result<Reply> {
+    async fn forward(&self, owner: usize, request: Request, from: ConnectionId) -> Result<Reply> {
         self.0.counters.requests_forwarded.add(1);
         let (reply, answer) = flume::bounded(1);
-        if let Err(error) = self.0.mesh.send(owner, MeshMessage::Request { request, reply }) {
+        if let Err(error) = self.0.mesh.send(owner, MeshMessage::Request { request, from, reply }) {
             self.0.counters.requests_refused_busy.add(1);
             return Err(error);
         }
@@ -474,16 +483,20 @@ impl<P: Platform, O: ObjectStore> Handler for Shard<P, O> {
         self.priority_fetch_now(*volume, *offset, *len, *until)
     }
 
-    async fn handle(&self, request: Request) -> Result<Reply> {
+    async fn handle(&self, request: Request, from: ConnectionId) -> Result<Reply> {
         let owner = self.owner(&request);
-        if owner == self.0.config.shard { self.serve(request).await } else { self.forward(owner, request).await }
+        if owner == self.0.config.shard {
+            self.serve(request, from).await
+        } else {
+            self.forward(owner, request, from).await
+        }
     }
 
-    fn connection_lost(&self, volume: VolumeId, generation: u64) {
+    fn connection_lost(&self, volume: VolumeId, from: ConnectionId) {
         let owner = volume.owner(self.0.config.shards);
         if owner == self.0.config.shard {
-            self.drop_attachment(volume, generation);
-        } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::ConnectionLost { volume, generation }) {
+            self.drop_attachment(volume, from);
+        } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::ConnectionLost { volume, from }) {
             tracing::warn!(%error, "a lost connection was not told to the volume's shard");
         }
     }

@@ -12,7 +12,7 @@ use support::{CHUNK, Image, Node, Options, STORE, image, status_of};
 use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, ObjectFaults, SimObjects, SimWorld};
-use volley_server::shard::api::{AttachInfo, Command, FetchUntil, Reply, Request};
+use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, Handler, Reply, Request};
 use volley_server::types::HydrationRate;
 
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {
@@ -368,5 +368,39 @@ fn creation_is_all_or_nothing_and_names_are_unique() {
         for name in ["a", "b"] {
             node.attach(name).await.unwrap();
         }
+    });
+}
+
+#[test]
+fn a_reconnected_writer_is_not_overtaken_by_its_old_connection() {
+    let (world, objects, img) = world(16, 3);
+    world.block_on(async {
+        let node = Node::start(world.platform(), &objects, &Options::default()).await.unwrap();
+        node.create(node.spec("v", &img, HydrationRate::None)).await.unwrap();
+        let (old, new) = (ConnectionId::new(0, 1), ConnectionId::new(0, 2));
+        let shard = &node.shards[0];
+        let attach = |resume_generation| Request::Attach { name: "v".into(), resume_generation };
+        let Reply::Attached(info) = shard.handle(attach(None), old).await.unwrap() else { panic!() };
+        let (volume, generation) = (info.volume, info.generation);
+        let write = |byte| Request::Write { volume, generation, offset: 512, data: vec![byte; 512], fua: false };
+        // An unaligned write waits for the object store: the connection is lost and resumed before it gets there.
+        let slow = ObjectFaults { latency: Duration::from_secs(1)..Duration::from_secs(2), ..Default::default() };
+        objects.set_faults(slow);
+        let late = Request::Write { volume, generation, offset: CHUNK as u64 + 512, data: vec![1; 512], fua: false };
+        let resumed = async {
+            node.platform.sleep(Duration::from_millis(100)).await;
+            shard.handle(attach(Some(generation)), new).await.unwrap();
+            shard.handle(write(2), new).await.unwrap();
+        };
+        let (late, ()) = futures::join!(shard.handle(late, old), resumed);
+        assert_eq!(status_of(late), Status::NotAttached);
+        assert_eq!(status_of(shard.handle(write(3), old).await), Status::NotAttached);
+        let read = Request::Read { volume, generation, offset: 512, len: 512 };
+        let Reply::Data(data) = shard.handle(read, new).await.unwrap() else { panic!() };
+        assert_eq!(data, vec![2; 512]);
+        shard.connection_lost(volume, old);
+        assert!(node.status("v").await.unwrap().attached, "the old connection has nothing left to lose");
+        shard.connection_lost(volume, new);
+        assert!(!node.status("v").await.unwrap().attached);
     });
 }

@@ -14,7 +14,8 @@ use super::{Connections, Refusal, convert};
 use crate::error::Result;
 use crate::limits::RECEIVE_BUFFER_BYTES;
 use crate::platform::{ByteReader, Platform, Queue};
-use crate::shard::api::{Handler, Reply, Request};
+use crate::shard::api::{ConnectionId, Handler, Reply, Request};
+use crate::types::VolumeId;
 
 /// Where operation and request id stand in a header: an error reply repeats them even when the rest is unreadable.
 const OP_AT: usize = 6;
@@ -27,9 +28,9 @@ pub(super) async fn read_requests<P: Platform, H: Handler>(
     handler: &H,
     session: &Rc<Session>,
     mut reader: impl ByteReader,
-    peer: &str,
+    (id, peer): (ConnectionId, &str),
 ) {
-    let dispatcher = Dispatcher { platform: &platform, connections, handler, session, peer };
+    let dispatcher = Dispatcher { platform: &platform, connections, handler, session, id, peer };
     let mut buffer = ReceiveBuffer::new();
     loop {
         if dispatcher.take_frames(&mut buffer).await.is_break() {
@@ -98,6 +99,7 @@ struct Dispatcher<'a, P, H> {
     connections: &'a Connections,
     handler: &'a H,
     session: &'a Rc<Session>,
+    id: ConnectionId,
     peer: &'a str,
 }
 
@@ -199,14 +201,14 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
         }
         let bytes = convert::pinned_bytes(&request);
         self.session.begin(bytes);
-        let (handler, session) = (self.handler.clone(), self.session.clone());
+        let (handler, session, from) = (self.handler.clone(), self.session.clone(), self.id);
         self.platform.spawn(Queue::Serve, async move {
             let detached = match &request {
-                Request::Detach { volume, generation } => Some((*volume, *generation)),
+                Request::Detach { volume, .. } => Some(*volume),
                 _ => None,
             };
-            let outcome = handler.handle(request).await;
-            note_attachment(&handler, &session, op, detached, &outcome);
+            let outcome = handler.handle(request, from).await;
+            note_attachment(&handler, &session, (op, from), detached, &outcome);
             session.reply(|out| convert::reply(out, op, request_id, outcome));
             session.end(bytes);
         });
@@ -247,21 +249,17 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
 fn note_attachment<H: Handler>(
     handler: &H,
     session: &Session,
-    op: Op,
-    detached: Option<(crate::types::VolumeId, u64)>,
+    (op, from): (Op, ConnectionId),
+    detached: Option<VolumeId>,
     outcome: &Result<Reply>,
 ) {
     match outcome {
         Ok(Reply::Attached(info)) if op == Op::Attach => {
-            if !session.attach(info.volume, info.generation) {
-                handler.connection_lost(info.volume, info.generation);
+            if !session.attach(info.volume) {
+                handler.connection_lost(info.volume, from);
             }
         }
-        Ok(_) => {
-            if let Some((volume, generation)) = detached {
-                session.detach(volume, generation);
-            }
-        }
+        Ok(_) => detached.into_iter().for_each(|volume| session.detach(volume)),
         Err(_) => {}
     }
 }

@@ -17,7 +17,7 @@ pub(super) struct Session {
     output: RefCell<Vec<u8>>,
     in_flight: Cell<usize>,
     in_flight_bytes: Cell<usize>,
-    attached: RefCell<BTreeSet<(VolumeId, u64)>>,
+    attached: RefCell<BTreeSet<VolumeId>>,
     greeted: Cell<bool>,
     /// The reader has ended: no further requests.
     read_ended: Cell<bool>,
@@ -112,26 +112,24 @@ impl Session {
     }
 
     /// The reader has ended: hands out what was attached.
-    pub(super) fn end_reading(&self) -> BTreeSet<(VolumeId, u64)> {
+    pub(super) fn end_reading(&self) -> BTreeSet<VolumeId> {
         self.read_ended.set(true);
         self.writer.wake();
         self.attached.take()
     }
 
-    /// Notes an attachment. `false`: nobody will end it with the connection (it has ended already, or it is a second
-    /// resume of the same generation), so the caller must at once.
+    /// Notes an attachment. `false`: the connection has ended already, so nobody will end the attachment with it and
+    /// the caller must at once.
     #[must_use]
-    pub(super) fn attach(&self, volume: VolumeId, generation: u64) -> bool {
-        let mut attached = self.attached.borrow_mut();
+    pub(super) fn attach(&self, volume: VolumeId) -> bool {
         if self.read_ended.get() {
             return false;
         }
-        // Older generations of the volume are fenced: they have nothing left to lose.
-        attached.retain(|&(other, old)| other != volume || old >= generation);
-        attached.insert((volume, generation))
+        self.attached.borrow_mut().insert(volume);
+        true
     }
 
-    pub(super) fn detach(&self, volume: VolumeId, generation: u64) {
-        self.attached.borrow_mut().remove(&(volume, generation));
+    pub(super) fn detach(&self, volume: VolumeId) {
+        self.attached.borrow_mut().remove(&volume);
     }
 }

@@ -6,6 +6,18 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::types::{HydrationRate, VolumeId, VolumeSpec};
 
+/// A connection of this process's life: unique over all shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionId(pub u64);
+
+impl ConnectionId {
+    /// The `n`th connection that `shard` accepted.
+    #[must_use]
+    pub fn new(shard: usize, n: u64) -> ConnectionId {
+        ConnectionId(((shard as u64) << 48) | (n & 0xffff_ffff_ffff))
+    }
+}
+
 /// When a priority fetch is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FetchUntil {
@@ -22,7 +34,8 @@ pub enum FetchUntil {
 pub enum Request {
     /// Opens the volume for one writer; answers with `Reply::Attached`. A fresh attach (`resume_generation` none) makes
     /// a new generation durable and fences older ones; a resumed one (reconnect) keeps its generation or is refused
-    /// with `StaleGeneration`.
+    /// with `StaleGeneration`. Either way requests that other connections sent for the volume end before the answer, or
+    /// are refused with `NotAttached`: a writer that reconnects is never overtaken by its own past.
     Attach {
         name: String,
         resume_generation: Option<u64>,
@@ -248,9 +261,10 @@ pub type ShardMap = Arc<[String]>;
 pub trait Handler: Clone + 'static {
     /// The hot path: answers requests that need no waiting (a priority fetch of a resident range), else `None`.
     fn try_now(&self, request: &Request) -> Option<Result<Reply>>;
-    fn handle(&self, request: Request) -> impl Future<Output = Result<Reply>>;
-    /// A connection that had attached (or resumed) the volume closed. Its generation stays valid.
-    fn connection_lost(&self, volume: VolumeId, generation: u64);
+    /// `from` is the connection that carries the request: only the one that attached a volume last may use it.
+    fn handle(&self, request: Request, from: ConnectionId) -> impl Future<Output = Result<Reply>>;
+    /// A connection that had attached (or resumed) the volume closed. Its generation stays valid and can be resumed.
+    fn connection_lost(&self, volume: VolumeId, from: ConnectionId);
     fn node_id(&self) -> u128;
     /// Random per process, the same on every shard; HELLO carries it. Clients that see another one after a reconnect
     /// send what was acknowledged but not flushed again.

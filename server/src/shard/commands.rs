@@ -158,7 +158,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     async fn delete_volume(&self, name: &str, force: bool) -> Result<()> {
         self.refuse_when_stopping()?;
         let volume = self.by_name(name)?;
-        if !force && volume.attachments.get().is_some_and(|n| n > 0) {
+        if !force && volume.attached.get().is_some() {
             let message = format!("volume {name:?} is attached: detach it first, or delete it with --force");
             return Err(Error::new(Status::Conflict, message));
         }
@@ -240,7 +240,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             created_unix_ms: spec.created_unix_ms,
             shard: self.0.config.shard,
             generation: volume.generation.get(),
-            attached: volume.attachments.get().is_some_and(|n| n > 0),
+            attached: volume.attached.get().is_some(),
             hydrated: done,
             resident_bytes: resident,
             remaining_bytes: remaining,
@@ -277,7 +277,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             shard: self.0.config.shard,
             volumes: volumes.len() as u64,
             volumes_hydrated: count(&|v| v.hydrated.get()),
-            volumes_attached: count(&|v| v.attachments.get().is_some_and(|n| n > 0)),
+            volumes_attached: count(&|v| v.attached.get().is_some()),
             connections: self.0.connections.open(),
             counters,
             gauges: vec![

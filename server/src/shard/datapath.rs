@@ -14,7 +14,7 @@ use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
-use crate::shard::api::{FetchUntil, Reply};
+use crate::shard::api::{ConnectionId, FetchUntil, Reply};
 use crate::shard::locks::Mode;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::residency::SectorRange;
@@ -46,6 +46,14 @@ impl Content {
             Content::Data(data) => data,
         }
     }
+}
+
+/// By what right a request uses a volume (P7).
+#[derive(Clone, Copy)]
+pub(super) struct Claim {
+    pub(super) volume: VolumeId,
+    pub(super) generation: u64,
+    pub(super) from: ConnectionId,
 }
 
 /// A byte range inside the device.
@@ -87,15 +95,15 @@ impl ByteRange {
 }
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
-    /// The volume, if the request's generation is its current one (P7).
-    pub(super) fn writer(&self, id: VolumeId, generation: u64) -> Result<Rc<Volume<P>>> {
-        let volume = self.volume(id)?;
-        self.check_generation(&volume, generation)?;
+    /// The volume, if the claim on it holds.
+    pub(super) fn writer(&self, claim: Claim) -> Result<Rc<Volume<P>>> {
+        let volume = self.volume(claim.volume)?;
+        self.check_claim(&volume, claim)?;
         Ok(volume)
     }
 
-    fn check_generation(&self, volume: &Volume<P>, generation: u64) -> Result<()> {
-        let (name, current) = (&*volume.spec.name, volume.generation.get());
+    fn check_claim(&self, volume: &Volume<P>, claim: Claim) -> Result<()> {
+        let (name, generation, current) = (&*volume.spec.name, claim.generation, volume.generation.get());
         if volume.deleted.get() {
             return Err(Error::new(Status::UnknownVolume, format!("volume {name:?} was deleted")));
         }
@@ -105,15 +113,16 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 format!("volume {name:?}: generation {generation} is fenced by {current}: another host attached");
             return Err(Error::new(Status::StaleGeneration, message));
         }
-        if generation > current || volume.attachments.get().is_none() {
-            let message = format!("volume {name:?} is not attached with generation {generation}");
+        if generation > current || volume.attached.get() != Some(claim.from) {
+            let message =
+                format!("volume {name:?} is not attached with generation {generation} on this connection: attach it");
             return Err(Error::new(Status::NotAttached, message));
         }
         Ok(())
     }
 
-    pub(super) async fn read(&self, id: VolumeId, generation: u64, offset: u64, len: u32) -> Result<Reply> {
-        let volume = self.writer(id, generation)?;
+    pub(super) async fn read(&self, claim: Claim, offset: u64, len: u32) -> Result<Reply> {
+        let volume = self.writer(claim)?;
         let range = ByteRange::check(&volume, offset, u64::from(len))?;
         self.0.counters.guest_reads.add(1);
         self.0.counters.guest_read_bytes.add(range.len);
@@ -279,18 +288,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(())
     }
 
-    pub(super) async fn write(
-        &self,
-        id: VolumeId,
-        generation: u64,
-        offset: u64,
-        data: &[u8],
-        fua: bool,
-    ) -> Result<Reply> {
-        let volume = self.writer(id, generation)?;
+    pub(super) async fn write(&self, claim: Claim, offset: u64, data: &[u8], fua: bool) -> Result<Reply> {
+        let volume = self.writer(claim)?;
         let range = ByteRange::check(&volume, offset, data.len() as u64)?;
         self.count_write(&volume, range.len);
-        self.write_range(&volume, generation, range, Some(data)).await?;
+        self.write_range(&volume, claim, range, Some(data)).await?;
         self.finish_write(&volume, fua).await
     }
 
@@ -312,7 +314,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     async fn write_range(
         &self,
         volume: &Rc<Volume<P>>,
-        generation: u64,
+        claim: Claim,
         range: ByteRange,
         data: Option<&[u8]>,
     ) -> Result<()> {
@@ -339,7 +341,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let _locks = volume.locks.lock_all(range.chunks(volume), mode).await;
         let _writing = Writing::begin(volume);
         // While the locks were awaited another host may have attached.
-        self.check_generation(volume, generation)?;
+        self.check_claim(volume, claim)?;
         let mut buf = self.0.platform.alloc(((sectors.end - sectors.start) * SECTOR) as usize);
         let len = buf.len();
         buf[len - SECTOR as usize..].fill(0);
@@ -382,15 +384,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     /// Discard and write-zeroes: whole sectors become holes, resident as zeroes; nothing is fetched for them. The edges
     /// of a write-zeroes are written; those of a discard, which is advice, are left alone.
-    pub(super) async fn zero(
-        &self,
-        id: VolumeId,
-        generation: u64,
-        range: (u64, u64),
-        write_edges: bool,
-        fua: bool,
-    ) -> Result<Reply> {
-        let volume = self.writer(id, generation)?;
+    pub(super) async fn zero(&self, claim: Claim, range: (u64, u64), write_edges: bool, fua: bool) -> Result<Reply> {
+        let volume = self.writer(claim)?;
         let range = ByteRange::check(&volume, range.0, range.1)?;
         self.count_write(&volume, range.len);
         let to_end = range.end() == volume.spec.size_bytes;
@@ -398,35 +393,35 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let inner_end = if to_end { range.end().next_multiple_of(SECTOR) } else { range.end() / SECTOR * SECTOR };
         if inner_start >= inner_end {
             if write_edges {
-                self.write_range(&volume, generation, range, None).await?;
+                self.write_range(&volume, claim, range, None).await?;
             }
             return self.finish_write(&volume, fua).await;
         }
         if write_edges && range.offset < inner_start {
             let head = ByteRange { offset: range.offset, len: inner_start - range.offset };
-            self.write_range(&volume, generation, head, None).await?;
+            self.write_range(&volume, claim, head, None).await?;
         }
         let mut at = inner_start;
         while at < inner_end {
             let end = (at + ZERO_STEP_BYTES).min(inner_end);
-            self.punch(&volume, generation, SectorRange { start: at / SECTOR, end: end / SECTOR }).await?;
+            self.punch(&volume, claim, SectorRange { start: at / SECTOR, end: end / SECTOR }).await?;
             at = end;
         }
         if write_edges && inner_end < range.end() {
             let tail = ByteRange { offset: inner_end, len: range.end() - inner_end };
-            self.write_range(&volume, generation, tail, None).await?;
+            self.write_range(&volume, claim, tail, None).await?;
         }
         self.finish_write(&volume, fua).await
     }
 
-    async fn punch(&self, volume: &Rc<Volume<P>>, generation: u64, sectors: SectorRange) -> Result<()> {
+    async fn punch(&self, volume: &Rc<Volume<P>>, claim: Claim, sectors: SectorRange) -> Result<()> {
         let chunks = {
             let map = volume.map.borrow();
             map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1)
         };
         let _locks = volume.locks.lock_all(chunks, Mode::Shared).await;
         let _writing = Writing::begin(volume);
-        self.check_generation(volume, generation)?;
+        self.check_claim(volume, claim)?;
         volume.zero_sectors(sectors).await?;
         volume.map.borrow_mut().mark_zeroed(sectors);
         self.note_dirty(volume);
@@ -434,8 +429,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(())
     }
 
-    pub(super) async fn flush(&self, id: VolumeId, generation: u64) -> Result<Reply> {
-        let volume = self.writer(id, generation)?;
+    pub(super) async fn flush(&self, claim: Claim) -> Result<Reply> {
+        let volume = self.writer(claim)?;
         self.0.counters.guest_flushes.add(1);
         volume.counters.flushes.add(1);
         volume.sync(&self.0.journal, &self.0.counters).await?;

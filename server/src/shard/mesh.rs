@@ -2,7 +2,7 @@
 //! are owned request data and reference-counted, immutable chunks.
 
 use crate::error::{Error, Result, Status};
-use crate::shard::api::{Reply, Request};
+use crate::shard::api::{ConnectionId, Reply, Request};
 use crate::transfer::{ChunkSource, FetchClass, FetchReply};
 use crate::types::VolumeId;
 
@@ -13,6 +13,7 @@ pub enum MeshMessage {
     /// A request that arrived at the wrong shard.
     Request {
         request: Request,
+        from: ConnectionId,
         reply: flume::Sender<Result<Reply>>,
     },
     /// Chunks that the target owns, wanted by a volume of the sender.
@@ -22,7 +23,7 @@ pub enum MeshMessage {
     },
     ConnectionLost {
         volume: VolumeId,
-        generation: u64,
+        from: ConnectionId,
     },
 }
 

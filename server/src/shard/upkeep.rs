@@ -80,7 +80,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     async fn close_idle(&self) {
         for volume in self.volumes() {
-            let idle = volume.attachments.get().is_none_or(|n| n == 0) && !volume.needs_sync();
+            let idle = volume.attached.get().is_none() && !volume.needs_sync();
             if idle && volume.hydration.borrow().running.is_empty() {
                 volume.close_file().await;
             }

@@ -11,6 +11,7 @@ use crate::budget::{RateMeter, TokenBucket};
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
 use crate::platform::{File, OpenMode, Platform, Time};
+use crate::shard::api::ConnectionId;
 use crate::shard::hydrate::ZERO_RUN_CHUNKS_MAX;
 use crate::shard::locks::{ChunkLocks, Mode};
 use crate::shard::residency::{ResidencyMap, SectorRange};
@@ -61,8 +62,8 @@ pub struct Volume<P: Platform> {
     pub map: RefCell<ResidencyMap>,
     pub locks: Rc<ChunkLocks>,
     pub generation: Cell<u64>,
-    /// Open attachments of the current generation; `None` once detached.
-    pub attachments: Cell<Option<u32>>,
+    /// The connection that attached or resumed the current generation last; `None` once it detached or closed.
+    pub attached: Cell<Option<ConnectionId>>,
     /// Guest writes in their I/O phase; a new attach waits for them.
     pub writing: Cell<u32>,
     pub writes_done: Signal,
@@ -127,7 +128,7 @@ impl<P: Platform> Volume<P> {
             map: RefCell::new(map),
             locks: Rc::default(),
             generation: Cell::new(generation),
-            attachments: Cell::new(None),
+            attached: Cell::new(None),
             writing: Cell::new(0),
             writes_done: Signal::default(),
             changed: Signal::default(),

@@ -9,7 +9,7 @@ use volley_server::error::{Result, Status};
 use volley_server::journal::{self, Journal};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimObjects, SimRng};
-use volley_server::shard::api::{AttachInfo, Command, Handler, Reply, Request};
+use volley_server::shard::api::{AttachInfo, Command, ConnectionId, Handler, Reply, Request};
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
 use volley_server::snapshot::{ChunkEntry, Manifest, PackBuilder, SnapshotInfo, encode_chunk, manifest_key, pack_key};
@@ -170,7 +170,7 @@ impl Node {
     pub async fn request(&self, shard: usize, request: Request) -> Result<Reply> {
         match self.shards[shard].try_now(&request) {
             Some(answer) => answer,
-            None => self.shards[shard].handle(request).await,
+            None => self.shards[shard].handle(request, ConnectionId::new(0, 0)).await,
         }
     }
 
