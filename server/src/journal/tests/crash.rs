@@ -26,7 +26,11 @@ impl Outside {
         Rc::new(RefCell::new(Outside { history: vec![states], acknowledged: 0 }))
     }
 
-    /// Index of the recovered states, which must be those after some change from the acknowledged one on.
+    fn acknowledge(&mut self, index: usize) {
+        self.acknowledged = self.acknowledged.max(index);
+    }
+
+    /// The recovered states must be those after some change from the acknowledged one on.
     fn check(&self, found: &[VolumeState], context: &str) {
         let candidates = &self.history[self.acknowledged..];
         assert!(
@@ -90,9 +94,7 @@ async fn write(platform: Sim, shard: Rc<RefCell<Shard>>, mut rng: SimRng, rounds
         let journal = shard.borrow().journal.clone();
         journal.commit(lsn).await.expect("commit");
         let outside = Rc::clone(&shard.borrow().outside);
-        let mut outside = outside.borrow_mut();
-        outside.acknowledged = outside.acknowledged.max(index);
-        drop(outside);
+        outside.borrow_mut().acknowledge(index);
         platform.yield_now().await;
     }
 }
