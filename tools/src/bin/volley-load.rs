@@ -1,3 +1,241 @@
-//! volley-load
+//! volley-load: measures the data port of a node under load of a known shape, always bounded in time and number.
+//!
+//! This file only understands the command line; the loads are `volley_tools::load`.
 
-fn main() {}
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use volley_client::FetchUntil;
+use volley_tools::load::replay::{self, Speed};
+use volley_tools::load::report::Report;
+use volley_tools::load::workload::{self, Kind};
+use volley_tools::load::{Target, trace};
+use volley_tools::units::{parse_duration, parse_size};
+
+/// Duration where neither --duration nor --count is given.
+const DURATION_DEFAULT: Duration = Duration::from_secs(10);
+/// Even a load bounded by its count ends after this.
+const DURATION_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Measures the data port of a Volley node. Attaches the volumes it uses: whoever has them attached is fenced off.
+#[derive(Debug, Parser)]
+#[command(name = "volley-load", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    globals: Globals,
+    #[command(subcommand)]
+    workload: Workload,
+}
+
+#[derive(Debug, Args)]
+struct Globals {
+    /// Data port of the node.
+    #[arg(
+        long,
+        global = true,
+        env = "VOLLEY_SERVER",
+        default_value = "127.0.0.1:7400",
+        value_name = "HOST:PORT|unix:PATH"
+    )]
+    server: String,
+    /// Volume to use; may be repeated.
+    #[arg(long, global = true, value_name = "NAME")]
+    volume: Vec<String>,
+    /// Use every volume whose name starts so.
+    #[arg(long, global = true, value_name = "PREFIX", conflicts_with = "volume")]
+    prefix: Option<String>,
+    /// Clients with connections of their own; each needs a volume of its own.
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    connections: u32,
+    /// Requests in flight on each connection.
+    #[arg(long, global = true, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    depth: u32,
+    /// Threads that generate the load.
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: u32,
+    /// Bytes of each request (not of replay).
+    #[arg(long, global = true, default_value = "4KiB", value_name = "SIZE", value_parser = parse_block)]
+    block: u32,
+    /// Start no request later than this [default: 10s, or unlimited with --count and for replay].
+    #[arg(long, global = true, value_name = "DURATION", value_parser = parse_duration)]
+    duration: Option<Duration>,
+    /// Make at most so many requests (not of replay).
+    #[arg(long, global = true, value_name = "N")]
+    count: Option<u64>,
+    /// A request without an answer by then counts as failed.
+    #[arg(long, global = true, default_value = "60s", value_name = "DURATION", value_parser = parse_duration)]
+    deadline: Duration,
+    /// Choose other blocks.
+    #[arg(long, global = true, default_value_t = 1)]
+    seed: u64,
+    /// Print the result (stdout) and a fatal error (stderr) as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Workload {
+    /// Priority fetches of random blocks.
+    PriorityFetch {
+        /// When a fetch is answered.
+        #[arg(long, value_enum, default_value_t = Until::Resident)]
+        until: Until,
+        /// Blocks in order instead of at random.
+        #[arg(long)]
+        sequential: bool,
+    },
+    /// Reads of random blocks.
+    Read {
+        /// Blocks in order instead of at random.
+        #[arg(long)]
+        sequential: bool,
+    },
+    /// Writes of random blocks. OVERWRITES the volumes with patterns.
+    Write {
+        /// Each write is durable before it is answered.
+        #[arg(long)]
+        fua: bool,
+        /// Blocks in order instead of at random.
+        #[arg(long)]
+        sequential: bool,
+    },
+    /// Connect, attach, read a block, detach; again and again, one at a time on each volume.
+    Churn,
+    /// Replays a trace through one volume. OVERWRITES the volume where the trace writes.
+    Replay {
+        /// CSV with the head us,op,offset,length.
+        #[arg(long, value_name = "FILE.csv")]
+        trace: PathBuf,
+        /// Recorded times are divided by this; max does not wait at all.
+        #[arg(long, default_value = "1", value_name = "X|max")]
+        speed: Speed,
+        /// Compare every read with this raw image.
+        #[arg(long, value_name = "IMAGE.raw")]
+        verify: Option<PathBuf>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Until {
+    Readable,
+    Resident,
+    Durable,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.globals.json;
+    match run(&cli) {
+        Ok(report) => finish(&report, json),
+        Err(message) if json => {
+            eprintln!("{}", serde_json::json!({ "error": { "code": "load_failed", "message": message } }));
+            ExitCode::FAILURE
+        }
+        Err(message) => {
+            eprintln!("volley-load: error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<Report, String> {
+    let (kind, sequential) = match &cli.workload {
+        Workload::PriorityFetch { until, sequential } => (Kind::PriorityFetch(fetch_until(*until)), *sequential),
+        Workload::Read { sequential } => (Kind::Read, *sequential),
+        Workload::Write { fua, sequential } => (Kind::Write { fua: *fua }, *sequential),
+        Workload::Churn => (Kind::Churn, false),
+        Workload::Replay { trace, speed, verify } => {
+            return block_on(run_replay(&cli.globals, trace, *speed, verify.as_deref()))?;
+        }
+    };
+    let globals = &cli.globals;
+    let volumes = block_on(volumes(globals))??;
+    let limit = if globals.count.is_some() { DURATION_MAX } else { DURATION_DEFAULT };
+    workload::run(&workload::Plan {
+        target: target(globals),
+        kind,
+        volumes,
+        connections: globals.connections,
+        threads: globals.threads,
+        block_bytes: globals.block,
+        sequential,
+        duration: globals.duration.unwrap_or(limit).min(DURATION_MAX),
+        count: globals.count.unwrap_or(u64::MAX),
+        seed: globals.seed,
+    })
+}
+
+async fn run_replay(
+    globals: &Globals,
+    path: &std::path::Path,
+    speed: Speed,
+    verify: Option<&std::path::Path>,
+) -> Result<Report, String> {
+    let names = volumes(globals).await?;
+    let [name] = &names[..] else {
+        return Err(format!("replay works on one volume, not {}: name it with --volume", names.len()));
+    };
+    let failed = |error: volley_client::Error| format!("volume {name}: {error}");
+    let client = target(globals).connect().await?;
+    let size_bytes = client.lookup(name).await.map_err(failed)?.size_bytes;
+    // Bad input is refused before anybody is fenced.
+    let events = trace::load(path, size_bytes)?;
+    let image = verify.map(|path| replay::open_image(path, size_bytes)).transpose()?;
+    let volume = client.attach(name).await.map_err(failed)?;
+    let duration = globals.duration.unwrap_or(DURATION_MAX).min(DURATION_MAX);
+    let depth = globals.depth as usize;
+    let plan = replay::Plan { events: &events, speed, depth, duration, verify: image.as_ref() };
+    let report = replay::run(&volume, &plan).await;
+    volume.detach().await.map_err(failed)?;
+    Ok(report)
+}
+
+/// Names of the volumes to use.
+async fn volumes(globals: &Globals) -> Result<Vec<String>, String> {
+    let Some(prefix) = &globals.prefix else {
+        if globals.volume.is_empty() {
+            return Err("no volume given: name one with --volume, or several with --prefix".to_owned());
+        }
+        return Ok(globals.volume.clone());
+    };
+    let client = target(globals).connect().await?;
+    let mut names = client.volumes().await.map_err(|error| format!("listing the volumes failed: {error}"))?;
+    names.retain(|name| name.starts_with(prefix.as_str()));
+    if names.is_empty() { Err(format!("no volume's name starts with {prefix:?}")) } else { Ok(names) }
+}
+
+fn target(globals: &Globals) -> Target {
+    Target { server: globals.server.clone(), deadline: globals.deadline, depth: globals.depth }
+}
+
+fn fetch_until(until: Until) -> FetchUntil {
+    match until {
+        Until::Readable => FetchUntil::Readable,
+        Until::Resident => FetchUntil::Resident,
+        Until::Durable => FetchUntil::Durable,
+    }
+}
+
+fn parse_block(text: &str) -> Result<u32, String> {
+    let bytes = parse_size(text)?;
+    match u32::try_from(bytes) {
+        Ok(block) if block.is_multiple_of(512) && (512..=32 << 20).contains(&block) => Ok(block),
+        _ => Err(format!("{text:?} is not a block size: a multiple of 512 B, at most 32 MiB")),
+    }
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(|error| format!("can't start a runtime: {error}"))?.block_on(future))
+}
+
+/// Prints the report; a load with failed requests is a failure.
+fn finish(report: &Report, json: bool) -> ExitCode {
+    let text = if json { format!("{}\n", report.to_json()) } else { report.to_string() };
+    // Whoever closed our stdout doesn't want to know.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    if report.errors() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
