@@ -303,7 +303,7 @@ mod tests {
             assert!((0..count).all(|_| seen.insert(mine.next())));
             assert_eq!(mine.next(), share, "starts again");
         }
-        assert_eq!(seen, (0..10).collect());
+        assert_eq!(seen, (0..10).collect::<HashSet<u64>>());
     }
 
     #[test]
