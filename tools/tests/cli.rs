@@ -241,7 +241,7 @@ fn the_service_manager_is_told() {
     manager.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     let mut command = server_command(dir.path());
     let mut process = command.env("NOTIFY_SOCKET", &path).stdout(Stdio::piped()).spawn().unwrap();
-    let mut heard = || {
+    let heard = || {
         let mut buffer = [0; 64];
         let len = manager.recv(&mut buffer).unwrap();
         String::from_utf8_lossy(&buffer[..len]).to_string()
