@@ -10,12 +10,9 @@ pub const CONNECTIONS_MAX: usize = 4096;
 /// A peer that has not said HELLO by then is a stranger or half open.
 pub const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Bytes of requests and expected replies in flight of one connection: 16 of the largest requests keep a disk busy, and
-/// a host that asks for more waits in its own socket, not in our memory.
-pub const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
-
-/// Replies that wait for a slow reader. Past it no further request of the connection is read.
-pub const OUTPUT_BYTES_MAX: usize = 4 << 20;
+/// Bytes that one connection may make the shard hold: payloads in flight, replies expected, replies not sent yet. 16 of
+/// the largest requests keep a disk busy; whoever asks for more, or does not read, waits in its own socket.
+pub const CONNECTION_BYTES_MAX: usize = 16 << 20;
 
 /// A receive buffer's size until a larger frame comes: hundreds of the hot requests (65 bytes), and thousands of idle
 /// connections stay cheap.
@@ -27,11 +24,14 @@ pub const OUTPUT_BUFFER_KEPT_BYTES: usize = 256 << 10;
 /// How long a stopping shard waits for its last replies to leave.
 pub const FLUSH_REPLIES_MAX: Duration = Duration::from_secs(1);
 
+/// How long a start waits for an address in use: the kernel lets go of the sockets of a server that was killed a moment
+/// after its end, because it ends io_uring's requests on them in the background.
+pub const BIND_WAIT_MAX: Duration = Duration::from_secs(2);
+
 /// After an accept that failed (no descriptors left, mostly) the listener waits before it tries again.
 pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// Commands of the control thread waiting for one shard.
 pub const COMMANDS_DEPTH: usize = 1024;
 
-const _: () = assert!(IN_FLIGHT_BYTES_MAX >= volley_protocol::limits::PAYLOAD_BYTES_MAX as usize);
-const _: () = assert!(OUTPUT_BYTES_MAX >= volley_protocol::limits::FRAME_BYTES_MAX);
+const _: () = assert!(CONNECTION_BYTES_MAX >= volley_protocol::limits::FRAME_BYTES_MAX);

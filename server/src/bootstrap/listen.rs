@@ -5,10 +5,14 @@ use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::config::ListenAddr;
 use crate::error::{Error, Result, Status};
+use crate::limits::BIND_WAIT_MAX;
 use crate::platform::glommio::Acceptor;
+
+const BIND_RETRY: Duration = Duration::from_millis(20);
 
 /// An address that belongs to one shard.
 pub(super) enum Bound {
@@ -79,9 +83,22 @@ fn bind_tcp(host: &str, first_port: u16, shard: usize) -> Result<Bound> {
     let address = (host, port).to_socket_addrs().map_err(|e| cannot_listen(&name, &e))?.next();
     let address = address.ok_or_else(|| Error::new(Status::Invalid, format!("{host:?} has no address")))?;
     // The standard listener sets SO_REUSEADDR (a restart does not wait for old connections) and not SO_REUSEPORT.
-    let listener = TcpListener::bind(address).map_err(|e| cannot_listen(&name, &e))?;
+    let listener = bind_patiently(address).map_err(|e| cannot_listen(&name, &e))?;
     let address = listener.local_addr().map_err(|e| cannot_listen(&name, &e))?;
     Ok(Bound::Tcp(listener, address))
+}
+
+/// Binds an address, also one that a server killed a moment ago still holds.
+fn bind_patiently(address: SocketAddr) -> io::Result<TcpListener> {
+    let since = Instant::now();
+    loop {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && since.elapsed() < BIND_WAIT_MAX => {
+                std::thread::sleep(BIND_RETRY);
+            }
+            other => return other,
+        }
+    }
 }
 
 /// `path` for shard 0, `path.k` for shard k.

@@ -159,19 +159,25 @@ fn no_object_store(error: ObjectError) -> Error {
 /// Accepts until the shard is told to stop, then lets the last replies leave. Without an acceptor it only stops.
 async fn serve(platform: &Glommio, shard: &GlommioShard, acceptor: Option<Acceptor>) -> Result<()> {
     let connections = shard.connections();
-    if let Some(acceptor) = acceptor {
-        platform.spawn(Queue::Serve, accept(platform.clone(), shard.clone(), connections.clone(), acceptor));
+    let acceptor = acceptor.map(Rc::new);
+    if let Some(acceptor) = &acceptor {
+        let (platform, shard, connections) = (platform.clone(), shard.clone(), connections.clone());
+        platform.clone().spawn(Queue::Serve, accept(platform, shard, connections, acceptor.clone()));
     }
     shard.stopped().await;
+    if let Some(acceptor) = acceptor {
+        acceptor.close();
+    }
     connections.close_all(platform, FLUSH_REPLIES_MAX).await;
     Ok(())
 }
 
-async fn accept(platform: Glommio, shard: GlommioShard, connections: Rc<Connections>, acceptor: Acceptor) {
+async fn accept(platform: Glommio, shard: GlommioShard, connections: Rc<Connections>, acceptor: Rc<Acceptor>) {
     loop {
         match acceptor.accept().await {
             Ok(_) if shard.is_stopping() => return,
             Ok(connection) => connection::serve(&platform, &connections, &shard, connection),
+            Err(_) if shard.is_stopping() => return,
             Err(error) => {
                 tracing::warn!(%error, "accepting a connection");
                 platform.sleep(ACCEPT_RETRY).await;

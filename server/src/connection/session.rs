@@ -8,13 +8,15 @@ use std::task::Poll;
 use futures::task::AtomicWaker;
 use volley_protocol::limits::IN_FLIGHT_MAX;
 
-use crate::limits::{IN_FLIGHT_BYTES_MAX, OUTPUT_BYTES_MAX};
+use crate::limits::CONNECTION_BYTES_MAX;
 use crate::types::VolumeId;
 
 /// State of one connection. Only its own shard's tasks touch it; no borrow lives across an await.
 #[derive(Default)]
 pub(super) struct Session {
     output: RefCell<Vec<u8>>,
+    /// Bytes of output that the writer is sending now.
+    sending_bytes: Cell<usize>,
     in_flight: Cell<usize>,
     in_flight_bytes: Cell<usize>,
     attached: RefCell<BTreeSet<VolumeId>>,
@@ -64,9 +66,8 @@ impl Session {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight.get() < IN_FLIGHT_MAX as usize
-            && self.in_flight_bytes.get() < IN_FLIGHT_BYTES_MAX
-            && self.output.borrow().len() < OUTPUT_BYTES_MAX
+        let held = self.in_flight_bytes.get() + self.output.borrow().len() + self.sending_bytes.get();
+        self.in_flight.get() < IN_FLIGHT_MAX as usize && held < CONNECTION_BYTES_MAX
     }
 
     /// Waits until another request may be taken on. `false`: the connection is ending.
@@ -81,14 +82,17 @@ impl Session {
         .await
     }
 
-    /// Waits for replies to send and swaps them into `sending`, which is empty. `false`: there will be no more.
+    /// Waits for replies to send and swaps them into `sending`, which is empty: what it held has been sent. `false`:
+    /// there will be no more.
     pub(super) async fn next_output(&self, sending: &mut Vec<u8>) -> bool {
+        self.sending_bytes.set(0);
+        self.reader.wake();
         poll_fn(|context| {
             self.writer.register(context.waker());
             let mut output = self.output.borrow_mut();
             if !output.is_empty() {
                 std::mem::swap(&mut *output, sending);
-                self.reader.wake();
+                self.sending_bytes.set(sending.len());
                 return Poll::Ready(true);
             }
             let done = self.closing.get() || (self.read_ended.get() && self.in_flight.get() == 0);

@@ -25,8 +25,13 @@ const BACKLOG: libc::c_int = 1024;
 const DEAD_AFTER_SECONDS: libc::c_int = 60;
 
 /// A bound listener of one shard.
-pub enum Acceptor {
-    Tcp(TcpListener),
+pub struct Acceptor {
+    listener: Listener,
+}
+
+enum Listener {
+    /// With its descriptor, which glommio does not hand out.
+    Tcp(TcpListener, RawFd),
     Unix(UnixListener),
 }
 
@@ -41,8 +46,10 @@ impl Acceptor {
         if unsafe { libc::listen(listener.as_raw_fd(), BACKLOG) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is owned, listening, and given up by `into_raw_fd`.
-        Ok(Acceptor::Tcp(unsafe { TcpListener::from_raw_fd(listener.into_raw_fd()) }))
+        let socket = listener.into_raw_fd();
+        // SAFETY: the descriptor is listening, and owned, because `into_raw_fd` has given it up.
+        let listener = unsafe { TcpListener::from_raw_fd(socket) };
+        Ok(Acceptor { listener: Listener::Tcp(listener, socket) })
     }
 
     /// Binds a path that must not exist.
@@ -50,7 +57,8 @@ impl Acceptor {
     /// # Errors
     /// As `bind(2)`.
     pub fn bind_unix(path: &Path) -> io::Result<Acceptor> {
-        UnixListener::bind(path).map(Acceptor::Unix).map_err(plain_error)
+        let listener = UnixListener::bind(path).map_err(plain_error)?;
+        Ok(Acceptor { listener: Listener::Unix(listener) })
     }
 
     /// Waits for the next connection.
@@ -58,17 +66,27 @@ impl Acceptor {
     /// # Errors
     /// As `accept(2)`; most are about one connection or a passing lack of resources.
     pub async fn accept(&self) -> io::Result<GlommioConnection> {
-        let stream = match self {
-            Acceptor::Tcp(listener) => {
+        let stream = match &self.listener {
+            Listener::Tcp(listener, _) => {
                 let stream = listener.accept().await.map_err(plain_error)?;
                 // Replies are written once and whole: Nagle would only hold them back.
                 stream.set_nodelay(true).map_err(plain_error)?;
                 notice_dead_peers(stream.as_raw_fd())?;
                 Stream::Tcp(stream)
             }
-            Acceptor::Unix(listener) => Stream::Unix(listener.accept().await.map_err(plain_error)?),
+            Listener::Unix(listener) => Stream::Unix(listener.accept().await.map_err(plain_error)?),
         };
         Ok(GlommioConnection::new(stream))
+    }
+
+    /// Stops listening at once; a pending accept fails. Closing would not do: the kernel keeps a socket, and its port,
+    /// while an accept is pending in the ring, and cancels that only after the executor's end.
+    pub fn close(&self) {
+        if let Listener::Tcp(_, socket) = self.listener {
+            // SAFETY: `self` owns the descriptor, so it is open; shutdown touches no memory of ours.
+            let result = unsafe { libc::shutdown(socket, libc::SHUT_RDWR) };
+            debug_assert_eq!(result, 0, "a listening socket can be shut down");
+        }
     }
 }
 
