@@ -258,7 +258,7 @@ fn crash_at_a_sync_happens_before_or_after_it() {
 }
 
 #[test]
-fn crash_after_steps_ends_every_task() {
+fn run_stops_after_steps_and_a_crash_ends_every_task() {
     let world = world_with_file(6);
     let sim = world.platform();
     let (sender, receiver) = flume::unbounded::<()>();
@@ -268,8 +268,10 @@ fn crash_after_steps_ends_every_task() {
             sim.sleep(Duration::from_millis(1)).await;
         }
     });
-    world.crash_after_steps(Some(100));
-    assert_eq!(world.run(std::future::pending::<()>()), Err(SimStop::Crashed));
+    world.stop_after_steps(Some(100));
+    assert_eq!(world.run(std::future::pending::<()>()), Err(SimStop::Stopped));
+    assert!(!receiver.is_disconnected());
+    world.crash();
     assert!(receiver.is_disconnected(), "the task and what it held are gone");
 }
 

@@ -75,6 +75,14 @@ impl SimWorld {
         Sim { core: self.core.clone(), life: self.core.executor.life() }
     }
 
+    /// Another machine with a copy of this disk as it is now, without faults: whatever it does leaves this one alone.
+    #[must_use]
+    pub fn fork(&self, seed: u64) -> SimWorld {
+        let fork = SimWorld::new(seed);
+        *fork.core.disk.borrow_mut() = self.core.disk.borrow().fork(seed);
+        fork
+    }
+
     /// Runs the world until `main` is done, within the default limits.
     ///
     /// # Errors
@@ -117,10 +125,10 @@ impl SimWorld {
         self.core.executor.kill_all();
     }
 
-    /// Cuts the power when this many more steps have run (`None`: not at all).
-    pub fn crash_after_steps(&self, steps: Option<u64>) {
+    /// Ends the run when this many more steps have run (`None`: does not), for a crash or a kill at any point.
+    pub fn stop_after_steps(&self, steps: Option<u64>) {
         let at = steps.map(|steps| self.core.executor.steps() + steps);
-        self.core.executor.crash_at_step(at);
+        self.core.executor.stop_at_step(at);
     }
 
     /// Cuts the power at the `nth` durable point since the world began, counting from 1 (`None`: not at all).
@@ -189,6 +197,11 @@ impl SimWorld {
     /// Size of the disk in bytes; `None`: as good as endless.
     pub fn set_disk_capacity(&self, bytes: Option<u64>) {
         self.core.disk.borrow_mut().set_capacity(bytes);
+    }
+
+    #[must_use]
+    pub fn disk_free_bytes(&self) -> u64 {
+        self.core.disk.borrow().space().free_bytes
     }
 
     /// The bytes a reader of the file would see now.

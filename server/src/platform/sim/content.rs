@@ -124,7 +124,7 @@ impl Content {
 }
 
 /// A file: what a reader sees now, what survives a power cut for certain, and the changes between the two.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Inode {
     pub(super) live: Content,
     durable: Content,
@@ -133,6 +133,7 @@ pub(super) struct Inode {
     completions: u64,
 }
 
+#[derive(Clone)]
 struct Pending {
     id: u64,
     /// Order of completion; `None` while the device works on it.

@@ -75,6 +75,31 @@ impl Disk {
         }
     }
 
+    /// The same disk again, with faults of its own; hard links stay links.
+    pub(super) fn fork(&self, seed: u64) -> Disk {
+        let mut copies: Vec<(InodeRc, InodeRc)> = Vec::new();
+        let mut copy = |node: &Node| match node {
+            Node::Dir => Node::Dir,
+            Node::File(inode) => Node::File(match copies.iter().find(|(old, _)| Rc::ptr_eq(old, inode)) {
+                Some((_, new)) => new.clone(),
+                None => {
+                    let new = Rc::new(RefCell::new(inode.borrow().clone()));
+                    copies.push((inode.clone(), new.clone()));
+                    new
+                }
+            }),
+        };
+        let tree = |names: &BTreeMap<PathBuf, Node>, copy: &mut dyn FnMut(&Node) -> Node| {
+            names.iter().map(|(path, node)| (path.clone(), copy(node))).collect()
+        };
+        let mut fork = Disk::new(seed);
+        fork.names = tree(&self.names, &mut copy);
+        fork.durable = tree(&self.durable, &mut copy);
+        fork.pending = self.pending.iter().map(|p| PendingName { id: p.id, change: p.change.map(&mut copy) }).collect();
+        fork.next_id = self.next_id;
+        fork
+    }
+
     pub(super) fn set_capacity(&mut self, bytes: Option<u64>) {
         self.capacity = bytes.unwrap_or(CAPACITY_DEFAULT);
     }
@@ -250,6 +275,14 @@ impl Disk {
 }
 
 impl NameChange {
+    fn map(&self, copy: &mut dyn FnMut(&Node) -> Node) -> NameChange {
+        match self.clone() {
+            NameChange::Add { path, node } => NameChange::Add { path, node: copy(&node) },
+            NameChange::Remove { path } => NameChange::Remove { path },
+            NameChange::Rename { from, to, node } => NameChange::Rename { from, to, node: copy(&node) },
+        }
+    }
+
     fn is_in(&self, dir: &Path) -> bool {
         match self {
             NameChange::Add { path, .. } | NameChange::Remove { path } => path.parent() == Some(dir),

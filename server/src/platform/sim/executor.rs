@@ -33,6 +33,9 @@ pub enum SimStop {
     /// The virtual time given to this run has passed. `parked` names the waiting tasks.
     #[error("virtual time limit of {limit:?} reached; waiting: {parked:?}")]
     TimeLimit { limit: Duration, parked: Vec<String> },
+    /// The planned number of steps has run. The tasks are where they were.
+    #[error("stopped as planned")]
+    Stopped,
     /// The machine lost power; every task is gone.
     #[error("crashed as planned")]
     Crashed,
@@ -76,7 +79,7 @@ struct State {
     steps: u64,
     life: u64,
     crash_requested: bool,
-    crash_at_step: Option<u64>,
+    stop_at_step: Option<u64>,
     trace: Trace,
 }
 
@@ -128,7 +131,7 @@ impl Executor {
             steps: 0,
             life: 1,
             crash_requested: false,
-            crash_at_step: None,
+            stop_at_step: None,
             trace: Trace::default(),
         };
         Rc::new(Executor { state: RefCell::new(state), ready: Arc::default() })
@@ -163,8 +166,8 @@ impl Executor {
         self.state.borrow_mut().crash_requested = true;
     }
 
-    pub(super) fn crash_at_step(&self, step: Option<u64>) {
-        self.state.borrow_mut().crash_at_step = step;
+    pub(super) fn stop_at_step(&self, step: Option<u64>) {
+        self.state.borrow_mut().stop_at_step = step;
     }
 
     /// Folds an event into the trace.
@@ -223,8 +226,11 @@ impl Executor {
         let deadline = self.now().after(limits.virtual_time);
         loop {
             self.fire_due_timers();
-            if self.crash_due() {
+            if self.state.borrow().crash_requested {
                 return Err(SimStop::Crashed);
+            }
+            if self.state.borrow().stop_at_step.is_some_and(|step| self.steps() >= step) {
+                return Err(SimStop::Stopped);
             }
             if self.steps() >= step_limit {
                 return Err(SimStop::StepLimit(limits.steps));
@@ -257,7 +263,7 @@ impl Executor {
             let mut state = self.state.borrow_mut();
             state.life += 1;
             state.crash_requested = false;
-            state.crash_at_step = None;
+            state.stop_at_step = None;
         }
         loop {
             // Destructors may wake or drop others: take everything out before dropping it.
@@ -284,11 +290,6 @@ impl Executor {
         state.next_timer += 1;
         state.timers.insert(key, action);
         key
-    }
-
-    fn crash_due(&self) -> bool {
-        let state = self.state.borrow();
-        state.crash_requested || state.crash_at_step.is_some_and(|step| state.steps >= step)
     }
 
     fn fire_due_timers(&self) {

@@ -82,6 +82,14 @@ impl SimObjects {
         SimObjects { executor: core.executor.clone(), state: Rc::new(RefCell::new(state)) }
     }
 
+    /// A copy of the objects as they are now in another world, without faults.
+    #[must_use]
+    pub fn fork(&self, world: &SimWorld) -> SimObjects {
+        let fork = SimObjects::new(world);
+        fork.state.borrow_mut().objects = self.state.borrow().objects.clone();
+        fork
+    }
+
     /// Replaces the behaviour from now on.
     pub fn set_faults(&self, faults: ObjectFaults) {
         self.state.borrow_mut().faults = faults;

@@ -1,0 +1,429 @@
+//! Random guests: requests of every kind at any shard, each answer judged by the model.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use volley_server::error::{Error, Result, Status};
+use volley_server::platform::Platform;
+use volley_server::platform::sim::{Sim, SimRng};
+use volley_server::shard::api::{Command, FetchUntil, Reply, Request};
+use volley_server::types::{HydrationRate, VolumeId, VolumeSpec};
+
+use crate::model::{BLOCK, Existence, Tag, VolumeModel, ZEROES};
+use crate::node::{CHUNK_BYTES, Node, Snapshot, volume_spec};
+
+const VOLUMES_MAX: usize = 5;
+
+pub type VolumeRc = Rc<RefCell<VolumeModel>>;
+
+/// Which errors a guest may see in this life.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Excuses {
+    pub object_store: bool,
+    pub disk: bool,
+    pub no_space: bool,
+}
+
+/// All that the test knows; it outlives the node.
+pub struct Guests {
+    pub volumes: RefCell<Vec<VolumeRc>>,
+    pub snapshots: Vec<Snapshot>,
+    rng: RefCell<SimRng>,
+    next_tag: Cell<Tag>,
+    next_name: Cell<u32>,
+    pub excuses: Cell<Excuses>,
+    pub stopping: Cell<bool>,
+    /// Requests answered with success, to see that a run does something.
+    pub done: Cell<u64>,
+}
+
+/// A request's view of its volume at its start.
+struct Session {
+    model: VolumeRc,
+    id: VolumeId,
+    generation: u64,
+    attach_changes: u64,
+    /// An attach or detach was under way at the start.
+    contested: bool,
+}
+
+impl Session {
+    fn of(model: &VolumeRc) -> Session {
+        let volume = model.borrow();
+        Session {
+            id: volume.spec.id,
+            generation: volume.generation,
+            attach_changes: volume.attach_changes,
+            contested: volume.attaching > 0,
+            model: model.clone(),
+        }
+    }
+}
+
+impl Guests {
+    pub fn new(rng: SimRng, snapshots: Vec<Snapshot>) -> Guests {
+        Guests {
+            volumes: RefCell::default(),
+            snapshots,
+            rng: RefCell::new(rng),
+            next_tag: Cell::new(ZEROES + 1),
+            next_name: Cell::new(0),
+            excuses: Cell::default(),
+            stopping: Cell::new(false),
+            done: Cell::new(0),
+        }
+    }
+
+    fn below(&self, bound: u64) -> u64 {
+        self.rng.borrow_mut().below(bound)
+    }
+
+    /// One guest: `requests` requests of any kind, one after the other.
+    pub async fn run(self: Rc<Self>, sim: Sim, node: Rc<Node>, requests: u64) {
+        for _ in 0..requests {
+            if self.stopping.get() {
+                return;
+            }
+            if self.below(3) == 0 {
+                let pause = Duration::from_micros(self.below(20_000));
+                sim.sleep(pause).await;
+            }
+            self.any_request(&node).await;
+        }
+    }
+
+    async fn any_request(&self, node: &Node) {
+        if self.below(60) == 0 {
+            return self.create(node).await;
+        }
+        let Some(session) = self.session(node).await else { return };
+        match self.below(100) {
+            0..30 => self.read(node, &session).await,
+            30..58 => self.write(node, &session).await,
+            58..66 => self.flush(node, &session).await,
+            66..71 => self.zero(node, &session, false).await,
+            71..77 => self.zero(node, &session, true).await,
+            77..87 => self.fetch(node, &session).await,
+            87..90 => self.attach(node, &session.model).await,
+            90..92 => self.detach(node, &session).await,
+            92..95 => self.stale_write(node, &session).await,
+            95..97 => self.bad_range(node, &session).await,
+            97..98 => self.set_rate(node, &session).await,
+            98..99 => self.resume(node, &session).await,
+            _ => self.delete(node, &session).await,
+        }
+    }
+
+    /// A volume that is there, attached.
+    async fn session(&self, node: &Node) -> Option<Session> {
+        let model = {
+            let volumes = self.volumes.borrow();
+            let known: Vec<_> = volumes.iter().filter(|v| v.borrow().existence == Existence::Sure).collect();
+            if known.is_empty() {
+                return None;
+            }
+            known[self.below(known.len() as u64) as usize].clone()
+        };
+        if !model.borrow().attached {
+            self.attach(node, &model).await;
+        }
+        if !model.borrow().attached {
+            return None;
+        }
+        Some(Session::of(&model))
+    }
+
+    async fn send(&self, node: &Node, request: Request) -> Result<Reply> {
+        let shard = self.below(node.shards.len() as u64) as usize;
+        let reply = node.request(shard, request).await;
+        if reply.is_ok() {
+            self.done.set(self.done.get() + 1);
+        }
+        reply
+    }
+
+    /// Panics unless this life has an excuse for the error.
+    fn excuse(&self, session: &Session, what: &str, error: &Error) {
+        let excuses = self.excuses.get();
+        let volume = session.model.borrow();
+        let excused = match error.status {
+            Status::StaleGeneration | Status::NotAttached => {
+                session.contested || volume.attach_changes != session.attach_changes
+            }
+            _ if volume.existence == Existence::Leaving => true,
+            Status::DeadlineExceeded | Status::ObjectStore | Status::Corrupt => excuses.object_store,
+            Status::Io => excuses.disk,
+            Status::NoSpace => excuses.no_space,
+            Status::ShuttingDown | Status::Busy => self.stopping.get(),
+            _ => false,
+        };
+        assert!(excused, "{what} of volume {:?} failed without an excuse: {error:?}", &*volume.spec.name);
+    }
+
+    /// Any range of whole blocks, of many shapes.
+    fn range(&self, volume: &VolumeModel) -> (u64, u64) {
+        let size = volume.spec.size_bytes;
+        let most = match self.below(10) {
+            0..4 => 4096,
+            4..9 => u64::from(CHUNK_BYTES),
+            _ => 4 * u64::from(CHUNK_BYTES),
+        };
+        let mut offset = self.below(size / BLOCK) * BLOCK;
+        let mut len = (1 + self.below(most / BLOCK)) * BLOCK;
+        match self.below(4) {
+            0 => {
+                offset -= offset % 4096;
+                len = len.next_multiple_of(4096);
+            }
+            1 => {
+                offset -= offset % u64::from(CHUNK_BYTES);
+                len = len.next_multiple_of(u64::from(CHUNK_BYTES));
+            }
+            _ => {}
+        }
+        (offset, len.min(size - offset))
+    }
+
+    fn new_tag(&self) -> Tag {
+        self.next_tag.set(self.next_tag.get() + 1);
+        self.next_tag.get()
+    }
+
+    async fn read(&self, node: &Node, session: &Session) {
+        let (offset, len) = self.range(&session.model.borrow());
+        let start = session.model.borrow().begin_read(offset, len);
+        let (volume, generation, len) = (session.id, session.generation, len as u32);
+        match self.send(node, Request::Read { volume, generation, offset, len }).await {
+            Ok(Reply::Data(data)) => {
+                assert_eq!(data.len(), len as usize);
+                session.model.borrow().check_read(&start, &data).unwrap_or_else(|complaint| panic!("{complaint}"));
+            }
+            Ok(other) => panic!("a read was answered with {other:?}"),
+            Err(error) => self.excuse(session, "read", &error),
+        }
+    }
+
+    async fn write(&self, node: &Node, session: &Session) {
+        let (offset, len) = self.range(&session.model.borrow());
+        let tag = self.new_tag();
+        let fua = self.below(5) == 0;
+        if session.model.borrow_mut().begin_write(offset, len, tag).is_none() {
+            return;
+        }
+        let data = session.model.borrow().content(offset, len, tag);
+        let (volume, generation) = (session.id, session.generation);
+        let reply = self.send(node, Request::Write { volume, generation, offset, data, fua }).await;
+        self.end_write(session, (offset, len), fua, "write", reply);
+    }
+
+    fn end_write(&self, session: &Session, (offset, len): (u64, u64), fua: bool, what: &str, reply: Result<Reply>) {
+        match reply {
+            Ok(_) => session.model.borrow_mut().write_done(offset, len, fua),
+            Err(error) => {
+                // Fenced requests have no effect; of a zeroing in several steps the first ones may have happened.
+                match error.status {
+                    Status::StaleGeneration | Status::NotAttached if what == "write" => {
+                        session.model.borrow_mut().write_refused(offset, len);
+                    }
+                    _ => session.model.borrow_mut().write_failed(offset, len),
+                }
+                self.excuse(session, what, &error);
+            }
+        }
+    }
+
+    /// Discard or write-zeroes.
+    async fn zero(&self, node: &Node, session: &Session, write: bool) {
+        let (mut offset, mut len) = self.range(&session.model.borrow());
+        if !write {
+            // The edges of a discard are left alone: only whole sectors are promised to be zeroes.
+            let end = (offset + len) / 4096 * 4096;
+            offset = offset.next_multiple_of(4096);
+            if offset >= end {
+                return;
+            }
+            len = end - offset;
+        }
+        if session.model.borrow_mut().begin_write(offset, len, ZEROES).is_none() {
+            return;
+        }
+        let (volume, generation) = (session.id, session.generation);
+        let fua = write && self.below(4) == 0;
+        let request = match write {
+            true => Request::WriteZeroes { volume, generation, offset, len, fua },
+            false => Request::Discard { volume, generation, offset, len },
+        };
+        let reply = self.send(node, request).await;
+        self.end_write(session, (offset, len), fua, "write-zeroes or discard", reply);
+    }
+
+    async fn flush(&self, node: &Node, session: &Session) {
+        let start = session.model.borrow().begin_flush();
+        let (volume, generation) = (session.id, session.generation);
+        match self.send(node, Request::Flush { volume, generation }).await {
+            Ok(_) => session.model.borrow_mut().flush_done(&start),
+            Err(error) => self.excuse(session, "flush", &error),
+        }
+    }
+
+    async fn fetch(&self, node: &Node, session: &Session) {
+        let (offset, len) = self.range(&session.model.borrow());
+        let until = [FetchUntil::Readable, FetchUntil::Resident, FetchUntil::Durable][self.below(3) as usize];
+        let volume = session.id;
+        match self.send(node, Request::PriorityFetch { volume, offset, len, until }).await {
+            Ok(_) if until != FetchUntil::Readable => {
+                self.check_resident(node, session, offset, len).await;
+                if until == FetchUntil::Durable {
+                    session.model.borrow_mut().fetched_durably.push((offset, len));
+                }
+            }
+            Ok(_) => {}
+            Err(error) => self.excuse(session, "priority fetch", &error),
+        }
+    }
+
+    async fn check_resident(&self, node: &Node, session: &Session, offset: u64, len: u64) {
+        match self.send(node, Request::Residency { volume: session.id, offset, len }).await {
+            Ok(Reply::Residency { extents, .. }) => {
+                assert_eq!(extents.iter().map(|e| e.len_bytes).sum::<u64>(), len, "the extents cover the range");
+                assert!(extents.iter().all(|e| e.resident), "fetched, but not resident: {offset}+{len} {extents:?}");
+            }
+            Ok(other) => panic!("residency was answered with {other:?}"),
+            Err(error) => self.excuse(session, "residency", &error),
+        }
+    }
+
+    /// A fresh attach: everyone before it is fenced.
+    async fn attach(&self, node: &Node, model: &VolumeRc) {
+        model.borrow_mut().attach_changes += 1;
+        let session = Session::of(model);
+        let name = model.borrow().spec.name.to_string();
+        model.borrow_mut().attaching += 1;
+        let reply = self.send(node, Request::Attach { name, resume_generation: None }).await;
+        model.borrow_mut().attaching -= 1;
+        match reply {
+            Ok(Reply::Attached(info)) => {
+                let mut volume = model.borrow_mut();
+                assert_eq!((info.volume, info.size_bytes), (volume.spec.id, volume.spec.size_bytes));
+                // Another attach may have been answered meanwhile, but never with the same generation.
+                assert_ne!(info.generation, volume.generation, "a generation was handed out twice");
+                let newest = info.generation > volume.generation;
+                assert!(newest || volume.attach_changes != session.attach_changes, "a generation went back");
+                if newest {
+                    volume.generation = info.generation;
+                    volume.attached = true;
+                }
+                volume.attach_changes += 1;
+            }
+            Ok(other) => panic!("an attach was answered with {other:?}"),
+            Err(error) => self.excuse(&session, "attach", &error),
+        }
+    }
+
+    /// A reconnect of the same host.
+    async fn resume(&self, node: &Node, session: &Session) {
+        let name = session.model.borrow().spec.name.to_string();
+        let resume_generation = Some(session.generation);
+        match self.send(node, Request::Attach { name, resume_generation }).await {
+            Ok(Reply::Attached(info)) => assert_eq!(info.generation, session.generation),
+            Ok(other) => panic!("an attach was answered with {other:?}"),
+            Err(error) => self.excuse(session, "resume", &error),
+        }
+    }
+
+    async fn detach(&self, node: &Node, session: &Session) {
+        session.model.borrow_mut().attach_changes += 1;
+        session.model.borrow_mut().attached = false;
+        let session = Session::of(&session.model);
+        session.model.borrow_mut().attaching += 1;
+        let reply = self.send(node, Request::Detach { volume: session.id, generation: session.generation }).await;
+        session.model.borrow_mut().attaching -= 1;
+        if let Err(error) = reply {
+            self.excuse(&session, "detach", &error);
+        }
+        session.model.borrow_mut().attach_changes += 1;
+    }
+
+    /// P7: a host that was fenced can't write.
+    async fn stale_write(&self, node: &Node, session: &Session) {
+        let (volume, generation) = (session.id, session.generation.saturating_sub(1 + self.below(2)));
+        let data = vec![0xee; BLOCK as usize];
+        match self.send(node, Request::Write { volume, generation, offset: 0, data, fua: false }).await {
+            Ok(_) => panic!("a write of generation {generation} was taken, current is {}", session.generation),
+            Err(error) if error.status == Status::StaleGeneration => {}
+            Err(error) => self.excuse(session, "stale write", &error),
+        }
+    }
+
+    /// P6: a range outside the device or of odd bytes is refused.
+    async fn bad_range(&self, node: &Node, session: &Session) {
+        let size = session.model.borrow().spec.size_bytes;
+        let (volume, generation) = (session.id, session.generation);
+        let (offset, len) = [(size, 512), (size - 512, 1024), (100, 512), (0, 0)][self.below(4) as usize];
+        match self.send(node, Request::Read { volume, generation, offset, len }).await {
+            Ok(_) => panic!("a read of {len} bytes at {offset} of {size} was answered"),
+            Err(error) if matches!(error.status, Status::OutOfRange | Status::Misaligned) => {}
+            Err(error) => self.excuse(session, "bad read", &error),
+        }
+    }
+
+    async fn set_rate(&self, node: &Node, session: &Session) {
+        let rate = [HydrationRate::None, HydrationRate::Unlimited, HydrationRate::BytesPerSecond(2 << 20)]
+            [self.below(3) as usize];
+        let name = session.model.borrow().spec.name.to_string();
+        let make = |reply| Command::SetRate { name: name.clone(), rate, reply };
+        if let Err(error) = node.command(&name, make).await {
+            self.excuse(session, "set rate", &error);
+        }
+    }
+
+    pub async fn create(&self, node: &Node) {
+        if self.volumes.borrow().len() >= VOLUMES_MAX {
+            return;
+        }
+        let (spec, image) = self.new_spec();
+        let model = Rc::new(RefCell::new(VolumeModel::new(spec.clone(), image)));
+        self.volumes.borrow_mut().push(model.clone());
+        let name = spec.name.clone();
+        let make = |reply| Command::CreateVolumes { specs: vec![spec], reply };
+        let created = node.command(&name, make).await;
+        match created {
+            Ok(()) => model.borrow_mut().existence = Existence::Sure,
+            Err(error) => {
+                self.excuse(&Session::of(&model), "create", &error);
+                // A failed commit may have become durable nevertheless: it stays a maybe until the next life.
+            }
+        }
+    }
+
+    /// A volume as large as its snapshot, or larger, or blank.
+    fn new_spec(&self) -> (VolumeSpec, Option<Rc<crate::model::Image>>) {
+        let name = format!("vm-{}", self.next_name.replace(self.next_name.get() + 1));
+        let snapshot = &self.snapshots[self.below(self.snapshots.len() as u64) as usize];
+        let rng = &mut *self.rng.borrow_mut();
+        let blocks = snapshot.image.bytes.len() as u64 / BLOCK;
+        match rng.below(6) {
+            0 => (volume_spec(rng, &name, (200 + blocks / 4) * BLOCK, None), None),
+            1 => {
+                let blocks = blocks + 1 + rng.below(300);
+                (volume_spec(rng, &name, blocks * BLOCK, Some(snapshot)), Some(snapshot.image.clone()))
+            }
+            _ => (volume_spec(rng, &name, blocks * BLOCK, Some(snapshot)), Some(snapshot.image.clone())),
+        }
+    }
+
+    async fn delete(&self, node: &Node, session: &Session) {
+        if self.volumes.borrow().len() < 3 || self.below(3) > 0 {
+            return;
+        }
+        let name: Arc<str> = session.model.borrow().spec.name.clone();
+        session.model.borrow_mut().existence = Existence::Leaving;
+        let make = |reply| Command::DeleteVolume { name: name.to_string(), force: true, reply };
+        match node.command(&name, make).await {
+            Ok(()) => self.volumes.borrow_mut().retain(|v| !Rc::ptr_eq(v, &session.model)),
+            Err(error) => self.excuse(session, "delete", &error),
+        }
+    }
+}

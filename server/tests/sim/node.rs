@@ -1,0 +1,221 @@
+//! A node on the simulator: an image in the object store, and the real journal and shards started as volleyd does.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use volley_server::error::{Result, Status};
+use volley_server::journal::{Journal, Recovered, commit_epoch, recover};
+use volley_server::platform::Platform;
+use volley_server::platform::sim::{Sim, SimObjects, SimRng, SimWorld};
+use volley_server::shard::api::{Command, Handler, Reply, ReplyTo, Request};
+use volley_server::shard::mesh::Mesh;
+use volley_server::shard::{Shard, ShardConfig, StoreConfig};
+use volley_server::snapshot::{
+    ChunkEntry, Manifest, PackBuilder, SnapshotInfo, encode_chunk, is_zero, manifest_key, pack_key,
+};
+use volley_server::transfer::{QueueLimits, RetryPolicy};
+use volley_server::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
+
+use crate::model::Image;
+
+pub const CHUNK_BYTES: u32 = 64 << 10;
+pub const STORES: [&str; 2] = ["a", "b"];
+const JOURNAL: &str = "/node/journal";
+
+/// A snapshot in the object store and its content.
+#[derive(Clone)]
+pub struct Snapshot {
+    pub reference: SnapshotRef,
+    pub image: Rc<Image>,
+}
+
+/// Makes a snapshot of random content: chunks that compress, that do not, that are zero, and doubles.
+pub fn make_snapshot(objects: &SimObjects, rng: &mut SimRng, name: &str, size_bytes: u64) -> Snapshot {
+    let id = u128::from(rng.next_u64()) << 64 | u128::from(rng.next_u64());
+    let mut bytes = vec![0; size_bytes as usize];
+    for chunk in 0..size_bytes.div_ceil(u64::from(CHUNK_BYTES)) as usize {
+        let start = chunk * CHUNK_BYTES as usize;
+        let end = (start + CHUNK_BYTES as usize).min(bytes.len());
+        match rng.below(6) {
+            0 => {}
+            1 if chunk > 0 && end - start == CHUNK_BYTES as usize => {
+                bytes.copy_within(start - CHUNK_BYTES as usize..start, start);
+            }
+            2 => bytes[start..end].fill(0x11 + chunk as u8),
+            _ => rng.fill(&mut bytes[start..end]),
+        }
+    }
+    let mut pack = PackBuilder::new(id, 0);
+    let mut entries = Vec::new();
+    for raw in bytes.chunks(CHUNK_BYTES as usize) {
+        if is_zero(raw) {
+            entries.push(ChunkEntry::Zero);
+            continue;
+        }
+        let chunk = encode_chunk(raw, 1);
+        let offset = u64::from(pack.push(&chunk));
+        let stored_len = chunk.stored.len() as u32;
+        entries.push(ChunkEntry::Stored {
+            pack: 0,
+            offset,
+            stored_len,
+            encoding: chunk.encoding,
+            digest: chunk.digest,
+        });
+    }
+    let info = SnapshotInfo {
+        id,
+        name: name.to_owned(),
+        size_bytes,
+        chunk_bytes: CHUNK_BYTES,
+        parent: None,
+        created_unix_ms: 0,
+    };
+    let manifest = Manifest::new(info, vec![pack_key(id, 0)], &entries).expect("a valid manifest");
+    objects.insert(&pack_key(id, 0), pack.finish());
+    objects.insert(&manifest_key(name), manifest.encode());
+    Snapshot { reference: SnapshotRef { name: Arc::from(name), id }, image: Rc::new(Image { bytes }) }
+}
+
+pub fn volume_spec(rng: &mut SimRng, name: &str, size_bytes: u64, snapshot: Option<&Snapshot>) -> VolumeSpec {
+    let rate = match rng.below(4) {
+        0 => HydrationRate::None,
+        1 => HydrationRate::BytesPerSecond(1 << 20),
+        _ => HydrationRate::Unlimited,
+    };
+    VolumeSpec {
+        id: VolumeId::new(name, rng.next_u64()),
+        name: Arc::from(name),
+        size_bytes,
+        chunk_bytes: CHUNK_BYTES,
+        snapshot: snapshot.map(|s| s.reference.clone()),
+        store: Arc::from(STORES[rng.index(STORES.len())]),
+        rate,
+        batch: None,
+        created_unix_ms: 1,
+    }
+}
+
+/// Where a volume's file is.
+pub fn volume_path(spec: &VolumeSpec) -> PathBuf {
+    Path::new("/node/stores").join(&*spec.store).join("volumes").join(format!("{}.raw", spec.id))
+}
+
+/// Makes the directories that a node's set-up leaves behind, durably.
+pub async fn make_directories(sim: &Sim) -> std::io::Result<()> {
+    for store in STORES {
+        sim.create_dir_all(&Path::new("/node/stores").join(store).join("volumes")).await?;
+        sim.sync_dir(&Path::new("/node/stores").join(store)).await?;
+    }
+    for dir in ["/node/stores", "/node", "/"] {
+        sim.sync_dir(Path::new(dir)).await?;
+    }
+    Ok(())
+}
+
+/// Settings of one life of a node.
+#[derive(Clone, Copy, Debug)]
+pub struct NodeSettings {
+    pub shards: usize,
+    pub cache_bytes: usize,
+    pub hydration_bandwidth: Option<u64>,
+    pub deadline: Duration,
+}
+
+impl Default for NodeSettings {
+    fn default() -> NodeSettings {
+        NodeSettings { shards: 1, cache_bytes: 4 << 20, hydration_bandwidth: None, deadline: Duration::from_secs(20) }
+    }
+}
+
+/// A running node.
+pub struct Node {
+    pub shards: Vec<Shard<Sim, SimObjects>>,
+    commands: Vec<flume::Sender<Command>>,
+}
+
+impl Node {
+    /// Recovers the journals and starts the shards, in the order of a real start.
+    pub async fn start(sim: &Sim, objects: &SimObjects, settings: NodeSettings) -> Result<Node> {
+        let dir = Path::new(JOURNAL);
+        let recovered: Recovered = recover(sim, dir).await?;
+        let epoch = recovered.epoch + 1;
+        let mut parts: Vec<Vec<VolumeState>> = vec![Vec::new(); settings.shards];
+        for state in recovered.volumes {
+            parts[state.spec.id.owner(settings.shards)].push(state);
+        }
+        let mut journals = Vec::new();
+        for (shard, part) in parts.iter().enumerate() {
+            journals.push(Journal::create(sim, dir, epoch, shard, part.iter().cloned()).await?);
+        }
+        commit_epoch(sim, dir, epoch, settings.shards).await?;
+        let mut node = Node { shards: Vec::new(), commands: Vec::new() };
+        for ((part, journal), mesh) in parts.into_iter().zip(journals).zip(Mesh::all(settings.shards)) {
+            let (sender, receiver) = flume::bounded(64);
+            let config = shard_config(settings, node.shards.len());
+            let shard = Shard::start(sim.clone(), objects.clone(), journal, config, part, mesh, receiver).await?;
+            node.shards.push(shard);
+            node.commands.push(sender);
+        }
+        Ok(node)
+    }
+
+    /// A request at a shard that need not own the volume.
+    pub async fn request(&self, shard: usize, request: Request) -> Result<Reply> {
+        let shard = &self.shards[shard % self.shards.len()];
+        if let Some(reply) = shard.try_now(&request) {
+            return reply;
+        }
+        shard.handle(request).await
+    }
+
+    pub async fn command<T>(&self, name: &str, make: impl FnOnce(ReplyTo<Result<T>>) -> Command) -> Result<T> {
+        let owner = VolumeId::new(name, 0).owner(self.shards.len());
+        let (reply, answer) = flume::bounded(1);
+        let stopping = || volley_server::error::Error::new(Status::ShuttingDown, "the shard is gone");
+        self.commands[owner].send_async(make(reply)).await.map_err(|_| stopping())?;
+        answer.recv_async().await.map_err(|_| stopping())?
+    }
+
+    /// Stops every shard in good order.
+    pub async fn stop(&self) {
+        let mut answers = Vec::new();
+        for commands in &self.commands {
+            let (reply, answer) = flume::bounded(1);
+            commands.send_async(Command::Stop { reply }).await.expect("the shard serves commands");
+            answers.push(answer);
+        }
+        for (answer, shard) in answers.iter().zip(&self.shards) {
+            answer.recv_async().await.expect("the shard answers its stop");
+            shard.stopped().await;
+        }
+    }
+}
+
+fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
+    let store = |label: &str| StoreConfig {
+        label: Arc::from(label),
+        path: Path::new("/node/stores").join(label),
+        hydration_bandwidth: settings.hydration_bandwidth,
+    };
+    ShardConfig {
+        shard,
+        shards: settings.shards,
+        node_id: 7,
+        boot_id: 1,
+        shard_map: (0..settings.shards).map(|k| format!("sim:{k}")).collect(),
+        stores: STORES.iter().map(|label| store(label)).collect(),
+        cache_bytes: settings.cache_bytes,
+        guest_deadline: settings.deadline,
+        retry: RetryPolicy { deadline: settings.deadline, ..RetryPolicy::default() },
+        fetch_limits: QueueLimits::default(),
+    }
+}
+
+/// What the journals of a world say, without starting anything.
+pub fn recovered(world: &SimWorld) -> Recovered {
+    let sim = world.platform();
+    world.block_on(async { recover(&sim, Path::new(JOURNAL)).await.expect("the journals are readable") })
+}
