@@ -486,6 +486,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             at = end;
         }
         if until == FetchUntil::Durable && !volume.map.borrow().is_durable(range.sectors()) {
+            volume.map.borrow_mut().record_zeroes(range.sectors());
             volume.sync(&self.0.journal, &self.0.counters).await?;
         }
         Ok(Reply::Done)

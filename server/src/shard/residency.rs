@@ -45,6 +45,8 @@ pub struct ResidencyMap {
     resident: Box<[u64]>,
     /// One bit per chunk: resident without ever having been given data.
     holes: Box<[u64]>,
+    /// One bit per chunk: zero by nature, and no record says so yet.
+    unrecorded: Box<[u64]>,
     partial: Map<Box<[u64]>>,
     /// Durable state of chunks changed since their last capture.
     dirty: Map<ChunkResidency>,
@@ -80,6 +82,7 @@ impl ResidencyMap {
             chunks,
             resident: vec![0; words].into(),
             holes: vec![0; words].into(),
+            unrecorded: vec![0; words].into(),
             partial: map(),
             dirty: map(),
             syncing: map(),
@@ -157,6 +160,7 @@ impl ResidencyMap {
     pub fn is_durable(&self, range: SectorRange) -> bool {
         let chunks = self.chunk_of(range.start)..=self.chunk_of(range.end - 1);
         self.is_resident(range)
+            && chunks.clone().all(|chunk| !bit(&self.unrecorded, u64::from(chunk)))
             && ((self.dirty.is_empty() && self.syncing.is_empty())
                 || chunks.into_iter().all(|c| !self.dirty.contains_key(&c) && !self.syncing.contains_key(&c)))
     }
@@ -216,13 +220,26 @@ impl ResidencyMap {
         self.mark(range, true);
     }
 
-    /// Marks a chunk of a fresh volume resident that has no data by nature. Nothing to journal: the file is its truth.
+    /// Marks a chunk of a fresh volume resident that has no data by nature. Nothing is journaled unless somebody asks
+    /// for it by [`ResidencyMap::record_zeroes`]: after a restart the manifest says it again.
     pub fn mark_zero_by_nature(&mut self, chunk: u32) {
         let sectors = self.chunk_sectors(chunk);
         if !self.is_chunk_resident(chunk) {
             set(&mut self.resident, u64::from(chunk));
             set(&mut self.holes, u64::from(chunk));
+            set(&mut self.unrecorded, u64::from(chunk));
             self.resident_sectors += sectors.end - sectors.start;
+        }
+    }
+
+    /// Lets the next capture speak of the chunks of `range` that are zero by nature: then even a restart without the
+    /// object store knows them.
+    pub fn record_zeroes(&mut self, range: SectorRange) {
+        for chunk in self.chunk_of(range.start)..=self.chunk_of(range.end - 1) {
+            if bit(&self.unrecorded, u64::from(chunk)) {
+                clear(&mut self.unrecorded, u64::from(chunk));
+                self.dirty.insert(chunk, ChunkResidency::Resident);
+            }
         }
     }
 
@@ -251,6 +268,7 @@ impl ResidencyMap {
         if was_hole {
             // Data arrives in a chunk that had none by nature: from now on the journal must know it.
             clear(&mut self.holes, index);
+            clear(&mut self.unrecorded, index);
         } else if range == whole {
             self.resident_sectors += (whole.end - whole.start) - self.count(chunk);
             self.become_resident(chunk);

@@ -84,6 +84,9 @@ pub struct Volume<P: Platform> {
     has_durable_data: Cell<bool>,
     /// Something was written since the last sync began.
     unsynced: Cell<bool>,
+    /// A killed process may have left writes in the disk's own cache: the first flush of a life reaches the disk even if
+    /// nothing was written in it.
+    synced_in_this_life: Cell<bool>,
     syncing: futures::lock::Mutex<()>,
     sync_arrivals: Cell<u64>,
     sync_covered: Cell<u64>,
@@ -143,6 +146,7 @@ impl<P: Platform> Volume<P> {
             file: RefCell::new(None),
             opening: futures::lock::Mutex::new(()),
             unsynced: Cell::new(false),
+            synced_in_this_life: Cell::new(false),
             syncing: futures::lock::Mutex::new(()),
             sync_arrivals: Cell::new(0),
             sync_covered: Cell::new(0),
@@ -359,7 +363,7 @@ impl<P: Platform> Volume<P> {
         }
         self.check_poison()?;
         let covers = self.sync_arrivals.get();
-        if self.needs_sync() {
+        if self.needs_sync() || !self.synced_in_this_life.get() {
             counters.syncs.add(1);
             self.sync_now(journal).await?;
         }
@@ -371,11 +375,12 @@ impl<P: Platform> Volume<P> {
         let was_unsynced = self.unsynced.replace(false);
         let changes = self.map.borrow_mut().capture_dirty();
         let synced = async {
-            if was_unsynced {
+            if was_unsynced || !self.synced_in_this_life.get() {
                 let file = self.file().await?;
                 if let Err(e) = file.datasync().await {
                     return Err(self.poison(&e));
                 }
+                self.synced_in_this_life.set(true);
             }
             if !changes.is_empty() {
                 let lsn = journal.append(&Record::Residency { volume: self.spec.id, chunks: changes });

@@ -318,7 +318,12 @@ impl Guests {
                 volume.attach_changes += 1;
             }
             Ok(other) => panic!("an attach was answered with {other:?}"),
-            Err(error) => self.excuse(&session, "attach", &error),
+            Err(error) => {
+                // Older generations may be fenced all the same: attach again before the next request.
+                model.borrow_mut().attached = false;
+                model.borrow_mut().attach_changes += 1;
+                self.excuse(&session, "attach", &error);
+            }
         }
     }
 
