@@ -125,9 +125,19 @@ impl SimWorld {
         self.core.executor.kill_all();
     }
 
-    /// Ends the run when this many more steps have run (`None`: does not), for a crash or a kill at any point.
+    /// Cuts the power when this many more steps have run (`None`: not at all).
+    pub fn crash_after_steps(&self, steps: Option<u64>) {
+        self.end_after_steps(steps, SimStop::Crashed);
+    }
+
+    /// Ends the run when this many more steps have run (`None`: does not); the tasks stay as they are, so that the
+    /// caller decides what becomes of them.
     pub fn stop_after_steps(&self, steps: Option<u64>) {
-        let at = steps.map(|steps| self.core.executor.steps() + steps);
+        self.end_after_steps(steps, SimStop::Stopped);
+    }
+
+    fn end_after_steps(&self, steps: Option<u64>, stop: SimStop) {
+        let at = steps.map(|steps| (self.core.executor.steps() + steps, stop));
         self.core.executor.stop_at_step(at);
     }
 

@@ -79,7 +79,8 @@ struct State {
     steps: u64,
     life: u64,
     crash_requested: bool,
-    stop_at_step: Option<u64>,
+    /// Ends the run at this step, in this way.
+    stop_at_step: Option<(u64, SimStop)>,
     trace: Trace,
 }
 
@@ -166,7 +167,7 @@ impl Executor {
         self.state.borrow_mut().crash_requested = true;
     }
 
-    pub(super) fn stop_at_step(&self, step: Option<u64>) {
+    pub(super) fn stop_at_step(&self, step: Option<(u64, SimStop)>) {
         self.state.borrow_mut().stop_at_step = step;
     }
 
@@ -229,8 +230,10 @@ impl Executor {
             if self.state.borrow().crash_requested {
                 return Err(SimStop::Crashed);
             }
-            if self.state.borrow().stop_at_step.is_some_and(|step| self.steps() >= step) {
-                return Err(SimStop::Stopped);
+            if let Some((step, stop)) = &self.state.borrow().stop_at_step
+                && self.steps() >= *step
+            {
+                return Err(stop.clone());
             }
             if self.steps() >= step_limit {
                 return Err(SimStop::StepLimit(limits.steps));
