@@ -8,7 +8,7 @@ use std::time::Duration;
 use volley_server::error::{Error, Result, Status};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimRng};
-use volley_server::shard::api::{Command, FetchUntil, Reply, Request};
+use volley_server::shard::api::{Command, ConnectionId, FetchUntil, Reply, Request};
 use volley_server::types::{HydrationRate, VolumeId, VolumeSpec};
 
 use crate::model::{BLOCK, Existence, Tag, VolumeModel, ZEROES};
@@ -44,6 +44,7 @@ struct Session {
     model: VolumeRc,
     id: VolumeId,
     generation: u64,
+    connection: ConnectionId,
     attach_changes: u64,
     /// An attach or detach was under way at the start.
     contested: bool,
@@ -55,6 +56,7 @@ impl Session {
         Session {
             id: volume.spec.id,
             generation: volume.generation,
+            connection: volume.connection,
             attach_changes: volume.attach_changes,
             contested: volume.attaching > 0,
             model: model.clone(),
@@ -135,9 +137,9 @@ impl Guests {
         Some(Session::of(&model))
     }
 
-    async fn send(&self, node: &Node, request: Request) -> Result<Reply> {
+    async fn send(&self, node: &Node, from: ConnectionId, request: Request) -> Result<Reply> {
         let shard = self.below(node.shards.len() as u64) as usize;
-        let reply = node.request(shard, request).await;
+        let reply = node.request(shard, from, request).await;
         if reply.is_ok() {
             self.done.set(self.done.get() + 1);
         }
@@ -186,6 +188,10 @@ impl Guests {
         (offset, len.min(size - offset))
     }
 
+    fn new_connection(&self) -> ConnectionId {
+        ConnectionId(u64::from(self.new_tag()))
+    }
+
     fn new_tag(&self) -> Tag {
         self.next_tag.set(self.next_tag.get() + 1);
         self.next_tag.get()
@@ -195,7 +201,7 @@ impl Guests {
         let (offset, len) = self.range(&session.model.borrow());
         let start = session.model.borrow().begin_read(offset, len);
         let (volume, generation, len) = (session.id, session.generation, len as u32);
-        match self.send(node, Request::Read { volume, generation, offset, len }).await {
+        match self.send(node, session.connection, Request::Read { volume, generation, offset, len }).await {
             Ok(Reply::Data(data)) => {
                 assert_eq!(data.len(), len as usize);
                 session.model.borrow().check_read(&start, &data).unwrap_or_else(|complaint| panic!("{complaint}"));
@@ -214,7 +220,7 @@ impl Guests {
         }
         let data = session.model.borrow().content(offset, len, tag);
         let (volume, generation) = (session.id, session.generation);
-        let reply = self.send(node, Request::Write { volume, generation, offset, data, fua }).await;
+        let reply = self.send(node, session.connection, Request::Write { volume, generation, offset, data, fua }).await;
         self.end_write(session, (offset, len), fua, "write", reply);
     }
 
@@ -255,14 +261,14 @@ impl Guests {
             true => Request::WriteZeroes { volume, generation, offset, len, fua },
             false => Request::Discard { volume, generation, offset, len },
         };
-        let reply = self.send(node, request).await;
+        let reply = self.send(node, session.connection, request).await;
         self.end_write(session, (offset, len), fua, "write-zeroes or discard", reply);
     }
 
     async fn flush(&self, node: &Node, session: &Session) {
         let start = session.model.borrow().begin_flush();
         let (volume, generation) = (session.id, session.generation);
-        match self.send(node, Request::Flush { volume, generation }).await {
+        match self.send(node, session.connection, Request::Flush { volume, generation }).await {
             Ok(_) => session.model.borrow_mut().flush_done(&start),
             Err(error) => self.excuse(session, "flush", &error),
         }
@@ -272,7 +278,7 @@ impl Guests {
         let (offset, len) = self.range(&session.model.borrow());
         let until = [FetchUntil::Readable, FetchUntil::Resident, FetchUntil::Durable][self.below(3) as usize];
         let volume = session.id;
-        match self.send(node, Request::PriorityFetch { volume, offset, len, until }).await {
+        match self.send(node, session.connection, Request::PriorityFetch { volume, offset, len, until }).await {
             Ok(_) if until != FetchUntil::Readable => {
                 self.check_resident(node, session, offset, len).await;
                 if until == FetchUntil::Durable {
@@ -285,7 +291,7 @@ impl Guests {
     }
 
     async fn check_resident(&self, node: &Node, session: &Session, offset: u64, len: u64) {
-        match self.send(node, Request::Residency { volume: session.id, offset, len }).await {
+        match self.send(node, session.connection, Request::Residency { volume: session.id, offset, len }).await {
             Ok(Reply::Residency { extents, .. }) => {
                 assert_eq!(extents.iter().map(|e| e.len_bytes).sum::<u64>(), len, "the extents cover the range");
                 assert!(extents.iter().all(|e| e.resident), "fetched, but not resident: {offset}+{len} {extents:?}");
@@ -301,7 +307,8 @@ impl Guests {
         let session = Session::of(model);
         let name = model.borrow().spec.name.to_string();
         model.borrow_mut().attaching += 1;
-        let reply = self.send(node, Request::Attach { name, resume_generation: None }).await;
+        let connection = self.new_connection();
+        let reply = self.send(node, connection, Request::Attach { name, resume_generation: None }).await;
         model.borrow_mut().attaching -= 1;
         match reply {
             Ok(Reply::Attached(info)) => {
@@ -313,6 +320,7 @@ impl Guests {
                 assert!(newest || volume.attach_changes != session.attach_changes, "a generation went back");
                 if newest {
                     volume.generation = info.generation;
+                    volume.connection = connection;
                     volume.attached = true;
                 }
                 volume.attach_changes += 1;
@@ -327,14 +335,33 @@ impl Guests {
         }
     }
 
-    /// A reconnect of the same host.
+    /// A reconnect of the same host: the old connection can do nothing any more.
     async fn resume(&self, node: &Node, session: &Session) {
+        if session.model.borrow().attaching > 0 {
+            return;
+        }
+        session.model.borrow_mut().attach_changes += 1;
         let name = session.model.borrow().spec.name.to_string();
+        let session = Session::of(&session.model);
+        session.model.borrow_mut().attaching += 1;
+        let connection = self.new_connection();
         let resume_generation = Some(session.generation);
-        match self.send(node, Request::Attach { name, resume_generation }).await {
-            Ok(Reply::Attached(info)) => assert_eq!(info.generation, session.generation),
+        let reply = self.send(node, connection, Request::Attach { name, resume_generation }).await;
+        session.model.borrow_mut().attaching -= 1;
+        match reply {
+            Ok(Reply::Attached(info)) => {
+                assert_eq!(info.generation, session.generation);
+                if session.model.borrow().generation == info.generation {
+                    session.model.borrow_mut().connection = connection;
+                }
+                session.model.borrow_mut().attach_changes += 1;
+            }
             Ok(other) => panic!("an attach was answered with {other:?}"),
-            Err(error) => self.excuse(session, "resume", &error),
+            Err(error) => {
+                session.model.borrow_mut().attached = false;
+                session.model.borrow_mut().attach_changes += 1;
+                self.excuse(&session, "resume", &error);
+            }
         }
     }
 
@@ -343,7 +370,9 @@ impl Guests {
         session.model.borrow_mut().attached = false;
         let session = Session::of(&session.model);
         session.model.borrow_mut().attaching += 1;
-        let reply = self.send(node, Request::Detach { volume: session.id, generation: session.generation }).await;
+        let reply = self
+            .send(node, session.connection, Request::Detach { volume: session.id, generation: session.generation })
+            .await;
         session.model.borrow_mut().attaching -= 1;
         if let Err(error) = reply {
             self.excuse(&session, "detach", &error);
@@ -351,13 +380,17 @@ impl Guests {
         session.model.borrow_mut().attach_changes += 1;
     }
 
-    /// P7: a host that was fenced can't write.
+    /// P7: neither a host that was fenced nor a connection that was replaced can write.
     async fn stale_write(&self, node: &Node, session: &Session) {
-        let (volume, generation) = (session.id, session.generation.saturating_sub(1 + self.below(2)));
+        let volume = session.id;
+        let (generation, connection) = match self.below(2) {
+            0 => (session.generation, self.new_connection()),
+            _ => (session.generation.saturating_sub(1 + self.below(2)), session.connection),
+        };
         let data = vec![0xee; BLOCK as usize];
-        match self.send(node, Request::Write { volume, generation, offset: 0, data, fua: false }).await {
+        match self.send(node, connection, Request::Write { volume, generation, offset: 0, data, fua: false }).await {
             Ok(_) => panic!("a write of generation {generation} was taken, current is {}", session.generation),
-            Err(error) if error.status == Status::StaleGeneration => {}
+            Err(error) if matches!(error.status, Status::StaleGeneration | Status::NotAttached) => {}
             Err(error) => self.excuse(session, "stale write", &error),
         }
     }
@@ -367,7 +400,7 @@ impl Guests {
         let size = session.model.borrow().spec.size_bytes;
         let (volume, generation) = (session.id, session.generation);
         let (offset, len) = [(size, 512), (size - 512, 1024), (100, 512), (0, 0)][self.below(4) as usize];
-        match self.send(node, Request::Read { volume, generation, offset, len }).await {
+        match self.send(node, session.connection, Request::Read { volume, generation, offset, len }).await {
             Ok(_) => panic!("a read of {len} bytes at {offset} of {size} was answered"),
             Err(error) if matches!(error.status, Status::OutOfRange | Status::Misaligned) => {}
             Err(error) => self.excuse(session, "bad read", &error),

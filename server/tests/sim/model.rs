@@ -7,6 +7,7 @@
 use std::rc::Rc;
 
 use volley_server::platform::sim::SimRng;
+use volley_server::shard::api::ConnectionId;
 use volley_server::types::VolumeSpec;
 
 pub const BLOCK: u64 = 512;
@@ -59,6 +60,8 @@ pub struct VolumeModel {
     /// The highest generation handed out.
     pub generation: u64,
     pub attached: bool,
+    /// The connection that attached last.
+    pub connection: ConnectionId,
     /// Attaches and detaches begun: a request in whose time it changed may be refused.
     pub attach_changes: u64,
     /// Attaches and detaches under way.
@@ -89,6 +92,7 @@ impl VolumeModel {
             existence: Existence::Maybe,
             generation: 0,
             attached: false,
+            connection: ConnectionId(0),
             attach_changes: 0,
             attaching: 0,
             fetched_durably: Vec::new(),

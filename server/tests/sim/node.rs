@@ -9,7 +9,7 @@ use volley_server::error::{Result, Status};
 use volley_server::journal::{Journal, Recovered, commit_epoch, recover};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimObjects, SimRng, SimWorld};
-use volley_server::shard::api::{Command, Handler, Reply, ReplyTo, Request};
+use volley_server::shard::api::{Command, ConnectionId, Handler, Reply, ReplyTo, Request};
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
 use volley_server::snapshot::{
@@ -163,12 +163,12 @@ impl Node {
     }
 
     /// A request at a shard that need not own the volume.
-    pub async fn request(&self, shard: usize, request: Request) -> Result<Reply> {
+    pub async fn request(&self, shard: usize, from: ConnectionId, request: Request) -> Result<Reply> {
         let shard = &self.shards[shard % self.shards.len()];
         if let Some(reply) = shard.try_now(&request) {
             return reply;
         }
-        shard.handle(request).await
+        shard.handle(request, from).await
     }
 
     pub async fn command<T>(&self, name: &str, make: impl FnOnce(ReplyTo<Result<T>>) -> Command) -> Result<T> {

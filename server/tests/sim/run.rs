@@ -9,7 +9,7 @@ use volley_server::platform::Platform;
 use volley_server::platform::sim::{
     CrashPoint, DiskOp, ObjectFaults, RunLimits, SimObjects, SimRng, SimStop, SimWorld,
 };
-use volley_server::shard::api::{Command, Reply, Request};
+use volley_server::shard::api::{Command, ConnectionId, Reply, Request};
 use volley_server::types::HydrationRate;
 
 use crate::guest::{Excuses, Guests, VolumeRc};
@@ -19,6 +19,8 @@ use crate::node::{self, Node, NodeSettings, make_directories, make_snapshot};
 const LIVES: u64 = 4;
 const GUESTS: u64 = 6;
 const REQUESTS: u64 = 40;
+/// The connection of the judge: no guest has this one.
+const JUDGE: ConnectionId = ConnectionId(u64::MAX);
 const LIMITS: RunLimits = RunLimits { steps: 5_000_000, virtual_time: Duration::from_secs(3600) };
 
 /// How a life ends.
@@ -264,7 +266,9 @@ async fn check_durable_fetches(node: &Node, volume: &VolumeRc) {
     let (id, ranges) = (volume.borrow().spec.id, volume.borrow().fetched_durably.clone());
     for (offset, len) in &ranges {
         let request = Request::Residency { volume: id, offset: *offset, len: *len };
-        let Ok(Reply::Residency { extents, .. }) = node.request(0, request).await else { panic!("no residency") };
+        let Ok(Reply::Residency { extents, .. }) = node.request(0, JUDGE, request).await else {
+            panic!("no residency")
+        };
         assert!(extents.iter().all(|e| e.resident), "{offset}+{len} was fetched durably, but is absent: {extents:?}");
     }
 }
@@ -273,13 +277,13 @@ async fn check_durable_fetches(node: &Node, volume: &VolumeRc) {
 async fn read_bytes(node: &Node, volume: &VolumeRc) -> Vec<u8> {
     let (name, size) = (volume.borrow().spec.name.to_string(), volume.borrow().spec.size_bytes);
     let attach = Request::Attach { name: name.clone(), resume_generation: None };
-    let Ok(Reply::Attached(info)) = node.request(0, attach).await else { panic!("{name} can't be attached") };
+    let Ok(Reply::Attached(info)) = node.request(0, JUDGE, attach).await else { panic!("{name} can't be attached") };
     assert!(info.generation > volume.borrow().generation, "{name}: generation {} again", info.generation);
     let mut bytes = Vec::new();
     while (bytes.len() as u64) < size {
         let (offset, len) = (bytes.len() as u64, (size - bytes.len() as u64).min(100 * BLOCK) as u32);
         let read = Request::Read { volume: info.volume, generation: info.generation, offset, len };
-        match node.request(1, read).await {
+        match node.request(1, JUDGE, read).await {
             Ok(Reply::Data(data)) => bytes.extend_from_slice(&data),
             other => panic!("{name}: read of {len} bytes at {offset}: {other:?}"),
         }
