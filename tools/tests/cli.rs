@@ -116,7 +116,7 @@ fn volumes_are_created_listed_changed_and_deleted() {
     let created = server.json(&["volume", "create", "--size", "1MiB", "--count", "3", "--name-prefix", "v"]);
     assert_eq!(created["volumes"].as_array().unwrap().len(), 3);
     let line = server.ok(&["volume", "create", "blank", "--size", "8MiB", "--rate", "none"]);
-    assert!(line.starts_with("created blank, 8 MiB each"), "{line}");
+    assert!(line.starts_with("created blank, 8 MiB, in"), "{line}");
     let listed = server.json(&["volume", "list"]);
     assert_eq!(listed.as_array().unwrap().len(), 4);
     let listed = server.json(&["volume", "list", "--prefix", "v"]);

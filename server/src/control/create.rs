@@ -107,7 +107,8 @@ impl Control {
         };
         self.send(specs).await?;
         drop(references);
-        tracing::info!(batch = created.batch, volumes = created.volumes.len(), snapshot = ?created.snapshot, "created");
+        let snapshot = request.snapshot.as_deref().unwrap_or("none");
+        tracing::info!(batch = created.batch, volumes = created.volumes.len(), snapshot, "created");
         Ok(created)
     }
 

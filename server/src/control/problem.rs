@@ -80,7 +80,8 @@ impl From<Error> for Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        if self.http.is_server_error() {
+        // A long poll that ends unanswered is everyday business.
+        if self.http.is_server_error() && self.code != Status::DeadlineExceeded.as_str() {
             tracing::warn!(code = self.code, detail = self.detail, "request failed");
         }
         let body = Body {

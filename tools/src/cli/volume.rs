@@ -175,7 +175,8 @@ fn created_line(created: &Value, took: Duration) -> String {
     let from = created["snapshot"].as_str().map(|snapshot| format!(" from {snapshot}")).unwrap_or_default();
     let size = format_size(created["size_bytes"].as_u64().unwrap_or_default());
     let batch = created["batch"].as_str().unwrap_or_default();
-    format!("created {names}{from}, {size} each, in {} (batch {batch})", format_duration(took))
+    let each = if volumes.len() == 1 { "" } else { " each" };
+    format!("created {names}{from}, {size}{each}, in {} (batch {batch})", format_duration(took))
 }
 
 fn list(api: &Api, globals: &Globals, args: &ListArgs) -> CliResult {
