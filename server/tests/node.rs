@@ -1,4 +1,5 @@
 //! Whole nodes of several shards on real executors, files and sockets, driven by the client crate.
+#![allow(clippy::disallowed_methods)] // The test stands outside of the node, as a client and an operator do.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -211,6 +212,22 @@ fn a_damaged_journal_is_refused_by_name() {
     let journal = lab.config.data.join("journal");
     corrupt(&journal.join("CURRENT"));
     refused(lab.node_config(), &["CURRENT"]);
+}
+
+#[test]
+fn too_little_locked_memory_is_said_with_what_to_raise() {
+    let lab = Lab::new();
+    // dash and bash count in KiB; 64 is below what one ring needs.
+    let script =
+        "ulimit -l 64; exec \"$0\" --data \"$1\" --object-store \"$2\" --listen 127.0.0.1:0 --http 127.0.0.1:0";
+    let output = std::process::Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_volleyd")])
+        .args([lab.path("other").as_os_str(), format!("file:{}", lab.path("objects").display()).as_ref()])
+        .output()
+        .expect("sh runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("64 KiB") && said.contains("ulimit -l") && said.contains("LimitMEMLOCK="), "{said}");
 }
 
 fn corrupt(path: &Path) {

@@ -48,17 +48,19 @@ pub(super) fn platform() -> Result<Glommio> {
 
 /// Says what an operator has to change so that executors can start.
 pub(super) fn cannot_start(error: GlommioError<()>) -> Error {
-    let advice = match (&error, error.raw_os_error()) {
-        (GlommioError::ReactorError(_), _) | (_, Some(libc::ENOMEM)) => format!(
+    // The executor's thread passes its reactor's error on as text inside an I/O error.
+    let memlock = error.raw_os_error() == Some(libc::ENOMEM) || error.to_string().contains("MemLock");
+    let advice = match error.raw_os_error() {
+        _ if memlock => format!(
             "locked memory is limited to {}: raise it with `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the \
              systemd unit",
             locked_memory_limit()
         ),
-        (_, Some(libc::EPERM | libc::ENOSYS)) => {
+        Some(libc::EPERM | libc::ENOSYS) => {
             "io_uring is not allowed here: see sysctl kernel.io_uring_disabled and the container's seccomp profile"
                 .to_owned()
         }
-        (_, Some(libc::EMFILE | libc::ENFILE)) => {
+        Some(libc::EMFILE | libc::ENFILE) => {
             "too many open files: raise `ulimit -n`, or LimitNOFILE= in the systemd unit".to_owned()
         }
         _ => error.to_string(),
