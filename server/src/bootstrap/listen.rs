@@ -83,22 +83,28 @@ fn bind_tcp(host: &str, first_port: u16, shard: usize) -> Result<Bound> {
     let address = (host, port).to_socket_addrs().map_err(|e| cannot_listen(&name, &e))?.next();
     let address = address.ok_or_else(|| Error::new(Status::Invalid, format!("{host:?} has no address")))?;
     // The standard listener sets SO_REUSEADDR (a restart does not wait for old connections) and not SO_REUSEPORT.
-    let listener = bind_patiently(address).map_err(|e| cannot_listen(&name, &e))?;
+    let listener = patiently(|| TcpListener::bind(address)).map_err(|e| cannot_listen(&name, &e))?;
     let address = listener.local_addr().map_err(|e| cannot_listen(&name, &e))?;
     Ok(Bound::Tcp(listener, address))
 }
 
-/// Binds an address, also one that a server killed a moment ago still holds.
-fn bind_patiently(address: SocketAddr) -> io::Result<TcpListener> {
+/// Tries again while the address is in use: the kernel may close the sockets of a server that was killed a moment ago
+/// only after its process has ended.
+fn patiently<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let since = Instant::now();
     loop {
-        match TcpListener::bind(address) {
+        match attempt() {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && since.elapsed() < BIND_WAIT_MAX => {
                 std::thread::sleep(BIND_RETRY);
             }
             other => return other,
         }
     }
+}
+
+/// `AddrInUse` while somebody listens on the socket, else why nobody does.
+fn connects(path: &Path) -> io::Result<()> {
+    UnixStream::connect(path).and_then(|_| Err(io::ErrorKind::AddrInUse.into()))
 }
 
 /// `path` for shard 0, `path.k` for shard k.
@@ -120,8 +126,8 @@ fn claim_unix(path: PathBuf) -> Result<Bound> {
         let message = format!("can't listen on {name}: the path exists and is no socket: choose another --listen");
         return Err(Error::new(Status::Conflict, message));
     }
-    match UnixStream::connect(&path) {
-        Ok(_) => Err(cannot_listen(&name, &io::ErrorKind::AddrInUse.into())),
+    match patiently(|| connects(&path)) {
+        Ok(()) => Ok(Bound::Unix(path)),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             std::fs::remove_file(&path).map_err(|e| cannot_listen(&name, &e))?;
             Ok(Bound::Unix(path))
