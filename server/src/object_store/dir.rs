@@ -72,11 +72,24 @@ impl<P: Platform> DirStore<P> {
 
     async fn read(&self, key: &str, range: Option<Range<u64>>) -> Result<Vec<u8>, ObjectError> {
         let path = self.path(key)?;
-        let file = self.platform.open(&path, OpenMode::Read).await.map_err(|e| classify(key, &e))?;
+        let file = match self.platform.open(&path, OpenMode::Read).await {
+            Ok(file) => file,
+            Err(e) => return Err(self.open_error(key, &e).await),
+        };
         let result = read_open(&file, key, range).await;
         let closed = file.close().await.map_err(|e| classify(key, &e));
         let data = result?;
         closed.map(|()| data)
+    }
+
+    /// Tells an object that is not there from a store that is not there (an unmounted filesystem): that one may return.
+    async fn open_error(&self, key: &str, error: &io::Error) -> ObjectError {
+        if error.kind() == io::ErrorKind::NotFound
+            && let Err(e) = self.platform.list_dir(&self.root).await
+        {
+            return ObjectError::Retry(format!("object store directory {}: {e}", self.root.display()));
+        }
+        classify(key, error)
     }
 
     /// Writes the object to a synced temporary file and returns its path.

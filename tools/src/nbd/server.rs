@@ -112,7 +112,9 @@ async fn serve_one<B: Backend>(
     let agreed = match handshake::negotiate(&mut reader, &mut writer, &exports, &mut stop).await {
         Ok(Some(agreed)) => agreed,
         Ok(None) => return debug!(peer, "left in the handshake"),
-        Err(error) => return warn!(peer, "ended in the handshake: {error}"),
+        // A peer that only looked whether somebody listens.
+        Err(ConnectionError::Io(error)) => return debug!(peer, "lost in the handshake: {error}"),
+        Err(ConnectionError::Protocol(message)) => return warn!(peer, "closed in the handshake: {message}"),
     };
     let export = agreed.lease.name().to_owned();
     info!(peer, export, "connected");

@@ -4,7 +4,7 @@
 use std::os::unix::fs::FileExt;
 
 use crate::foreign::served;
-use crate::harness::{NodeOptions, Site, run};
+use crate::harness::{NodeOptions, Site, run, volleyd};
 use crate::image_file::{MIB, write_image};
 
 fn with_image() -> Site {
@@ -103,7 +103,11 @@ fn a_damaged_manifest_says_so() {
 fn a_server_that_cannot_start_says_why_in_one_line() {
     let site = with_image();
     let node = site.start_default();
-    let refused = |options: &NodeOptions, parts: &[&str]| run(site.node_command(options)).fails_naming(parts);
+    let refused = |options: &NodeOptions, parts: &[&str]| {
+        let mut command = site.node_command(options);
+        command.args(["--log", "error"]);
+        run(command).fails_naming(parts);
+    };
     let default = NodeOptions::default();
     let elsewhere = |data: &str| NodeOptions { data: Some(site.path(data)), ..default.clone() };
 
@@ -128,10 +132,10 @@ fn a_server_that_cannot_start_says_why_in_one_line() {
     );
     refused(&NodeOptions { cores: 100_000, ..elsewhere("fifth") }, &["100000"]);
     // An object store that is not there.
-    let mut command = site.node_command(&elsewhere("sixth"));
-    command.args(["--object-store", "s3:bucket"]);
-    let outcome = run(command);
-    assert_ne!(outcome.code, 0, "{outcome:?}");
+    let mut command = std::process::Command::new(volleyd());
+    command.args(["--http", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--data"]).arg(site.path("sixth"));
+    command.args(["--object-store", "ftp:somewhere"]);
+    run(command).fails_naming(&["ftp:somewhere"]);
 
     // The running server noticed nothing.
     node.create(&site, "debian-12", 1, "web-");

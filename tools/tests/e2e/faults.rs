@@ -13,12 +13,14 @@ use crate::image_file::{CHUNK, MIB, noise, write_image};
 const READ_DEADLINE: Duration = Duration::from_secs(2);
 
 fn impatient() -> NodeOptions {
-    let config = format!("[deadlines]\nguest_read = \"{}s\"\n", READ_DEADLINE.as_secs());
+    // Attempts follow each other closely enough for one to fall into the deadline of the next read.
+    let retries = "[retries]\nbackoff_max = \"200ms\"\n";
+    let config = format!("[deadlines]\nguest_read = \"{}s\"\n{retries}", READ_DEADLINE.as_secs());
     NodeOptions { config, ..NodeOptions::default() }
 }
 
 /// Waits for what the node does on its own (an event, an error of a background task), within a bound.
-fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut check: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(60);
     while !check() {
         assert!(Instant::now() < end, "{what} did not happen");
@@ -54,7 +56,7 @@ fn without_the_object_store_a_read_fails_at_its_deadline_and_works_again_afterwa
     // What needs no object store goes on: resident reads, writes, and their flush.
     guest.does("read 0 64k");
     guest.does("write -f -P 0x44 4M 64k");
-    eventually("an event that names the object store", || events(&node).contains("web-0"));
+    eventually("an event that names the object store", || events(&node).contains("object store"));
 
     std::fs::rename(&gone, site.objects()).expect("bring the object store back");
     guest.does("read 8M 64k");
@@ -84,7 +86,7 @@ fn a_damaged_chunk_is_never_served_and_the_others_are() {
     guest.fails("read 0 64k");
     let after = 3 * MIB + CHUNK;
     guest.does(&format!("read {after} {CHUNK}"));
-    eventually("an event that names the damage", || events(&node).contains("web-0"));
+    eventually("an event that names the damage", || events(&node).contains("corrupt"));
 
     // Repaired, the volume works again without a restart.
     flip_byte(&pack, 1000);
