@@ -298,7 +298,7 @@ mod tests {
     fn workers_take_disjoint_blocks_and_together_all() {
         let mut seen = HashSet::new();
         for share in 0..3 {
-            let count = (10 - share).div_ceil(3);
+            let count = (10_u64 - share).div_ceil(3);
             let mut mine = blocks(share, 3, count, true);
             assert!((0..count).all(|_| seen.insert(mine.next())));
             assert_eq!(mine.next(), share, "starts again");
