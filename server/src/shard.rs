@@ -195,6 +195,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             match (extension, known) {
                 (SET_ASIDE, true) => {
                     self.0.platform.rename(&path, &path.with_extension("raw")).await.map_err(failed)?;
+                    self.0.platform.sync_dir(dir).await.map_err(failed)?;
                 }
                 (SET_ASIDE, false) => self.0.platform.remove_file(&path).await.map_err(failed)?,
                 ("raw", false) => {

@@ -238,7 +238,7 @@ impl ResidencyMap {
         for chunk in self.chunk_of(range.start)..=self.chunk_of(range.end - 1) {
             if bit(&self.unrecorded, u64::from(chunk)) {
                 clear(&mut self.unrecorded, u64::from(chunk));
-                self.dirty.insert(chunk, ChunkResidency::Resident);
+                self.dirty.insert(chunk, ChunkResidency::Absent);
             }
         }
     }
@@ -264,7 +264,7 @@ impl ResidencyMap {
             }
             return;
         }
-        let before = self.current(chunk);
+        let before = if bit(&self.unrecorded, index) { ChunkResidency::Absent } else { self.current(chunk) };
         if was_hole {
             // Data arrives in a chunk that had none by nature: from now on the journal must know it.
             clear(&mut self.holes, index);
@@ -338,10 +338,12 @@ impl ResidencyMap {
         }
     }
 
-    /// Every chunk that is durably at least partly resident, for a checkpoint.
+    /// Every chunk that is durably at least partly resident, for a checkpoint. Those that are zero by nature are so
+    /// durably only once the file has been synced (`zeroes`): until then not even its length is.
     #[must_use]
-    pub fn durable(&self) -> Vec<(u32, ChunkResidency)> {
+    pub fn durable(&self, zeroes: bool) -> Vec<(u32, ChunkResidency)> {
         (0..self.chunks)
+            .filter(|chunk| zeroes || !bit(&self.unrecorded, u64::from(*chunk)))
             .filter_map(|chunk| {
                 let state = self.syncing.get(&chunk).or_else(|| self.dirty.get(&chunk)).cloned();
                 match state.unwrap_or_else(|| self.current(chunk)) {

@@ -186,7 +186,8 @@ impl<P: Platform> Volume<P> {
     /// Durable facts, for a checkpoint.
     pub fn durable_state(&self) -> VolumeState {
         let hydrated = self.hydrated.get();
-        let residency = if hydrated { Vec::new() } else { self.map.borrow().durable() };
+        let zeroes = self.synced_in_this_life.get();
+        let residency = if hydrated { Vec::new() } else { self.map.borrow().durable(zeroes) };
         VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated }
     }
 

@@ -84,6 +84,7 @@ impl Run {
         let settings = self.choose_settings();
         self.set_faults(life);
         self.world.note("life", &[life, settings.shards as u64]);
+        eprintln!("life {life}: {end:?}, {settings:?}, {:?}", self.guests.excuses.get());
         match end {
             End::PowerCut { steps } | End::Kill { steps } => self.world.stop_after_steps(Some(steps)),
             End::PowerCutAtSync { syncs, point } => {
@@ -256,7 +257,10 @@ async fn judge_volume(node: &Node, volume: &VolumeRc, power_cut: bool) -> bool {
     let bytes = read_bytes(node, volume).await;
     let mut volume = volume.borrow_mut();
     volume.settle(&bytes, power_cut).unwrap_or_else(|complaint| panic!("{complaint}"));
-    volume.existence = Existence::Sure;
+    if power_cut {
+        // After a mere kill what was found may rest on journal records that a power cut can still take.
+        volume.existence = Existence::Sure;
+    }
     volume.attached = false;
     volume.attaching = 0;
     true
