@@ -7,7 +7,8 @@ use crate::foreign::{qemu_compare, qemu_io, served};
 use crate::harness::{Agent, NodeOptions, available, die_with_the_test, number, run_in};
 use crate::image_file::CHUNK;
 
-/// A guest: one qemu-io that stays connected and does what it is told.
+/// A guest: one qemu-io that stays connected and does what it is told, one command after the other (it would leave a
+/// second one that comes with the first in its buffer until a third arrives).
 pub(crate) struct Guest {
     child: Child,
     commands: ChildStdin,
@@ -82,24 +83,25 @@ fn a_guest_sees_no_error_when_the_server_is_killed_and_comes_back() {
         return;
     }
     let (site, mut node, agent) = served(1);
-    let mut guest = Guest::connect(&agent, "web-0");
+    // Two connections of one guest, so that a read and a write are in flight together.
+    let (mut reader, mut writer) = (Guest::connect(&agent, "web-0"), Guest::connect(&agent, "web-0"));
     let read = format!("read -P 0xaa 4096 {CHUNK}");
-    guest.does(&format!("write -P 0xaa 4096 {CHUNK}"));
-    guest.send("flush");
-    guest.does(&read);
+    writer.does(&format!("write -f -P 0xaa 4096 {CHUNK}"));
+    reader.does(&read);
 
     for round in 1..=3 {
         let pattern = 0xb0 + round;
         node.kill();
         // Asked while nobody is there: the agent keeps both until the server is back.
         let write = format!("write -f -P {pattern} {round}M 64k");
-        guest.send(&read);
-        guest.send(&write);
+        reader.send(&read);
+        writer.send(&write);
         node = site.start_default();
-        guest.succeeded(&read);
-        guest.succeeded(&write);
+        reader.succeeded(&read);
+        writer.succeeded(&write);
     }
-    guest.leave();
+    reader.leave();
+    writer.leave();
     node.kill();
     let _node = site.start_default();
     qemu_io(&site, &agent, "web-0", &[&read, "read -P 0xb1 1M 64k", "read -P 0xb2 2M 64k", "read -P 0xb3 3M 64k"]);

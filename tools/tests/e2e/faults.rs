@@ -157,7 +157,8 @@ fn a_full_disk_refuses_writes_and_loses_nothing_acknowledged() {
     }
 }
 
-/// A node whose data lies on an ext4 of `size` bytes. It is mounted in the namespace of the server alone, so that it
+/// A node whose volume store is an ext4 of `size` bytes; its journals are elsewhere, so that it can start when the
+/// store is full. The ext4 is mounted in the namespace of the server alone, so that it
 /// goes away with the process, whatever becomes of the test.
 fn small_disk(site: &Site, size: u64) -> NodeOptions {
     let (disk, mount) = (site.path("disk.img"), site.path("small"));
@@ -165,7 +166,8 @@ fn small_disk(site: &Site, size: u64) -> NodeOptions {
     crate::harness::run_in(&site.path(""), "mkfs.ext4", &["-q", "-m", "0", "-O", "^has_journal", "disk.img"]).success();
     std::fs::create_dir(&mount).expect("mount point");
     let prepare = format!("mount -o loop '{}' '{}'", disk.display(), mount.display());
-    NodeOptions { data: Some(mount.join("node")), prepare: Some(prepare), ..NodeOptions::default() }
+    let config = format!("[[store]]\nlabel = \"default\"\npath = \"{}\"\n", mount.join("store").display());
+    NodeOptions { config, prepare: Some(prepare), ..NodeOptions::default() }
 }
 
 fn only_pack(objects: &Path) -> PathBuf {

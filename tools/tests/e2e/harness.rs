@@ -135,7 +135,7 @@ impl Site {
     /// Starts a node and waits until it says that it is ready.
     pub(crate) fn start(&self, options: &NodeOptions) -> Node {
         let mut process = Process::spawn("volleyd", self.node_command(options));
-        let ready = process.wait_line(START_TIMEOUT, |line| line.contains("ready"));
+        let ready = process.wait_line(START_TIMEOUT, |line| line.starts_with("volleyd: ready"));
         Node { http: word_after(&ready, "http"), data: word_after(&ready, "data"), process }
     }
 
