@@ -88,6 +88,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     stores: Vec<Store>,
     volumes: RefCell<BTreeMap<VolumeId, Rc<Volume<P>>>>,
     names: RefCell<BTreeMap<Arc<str>, VolumeId>>,
+    /// Volumes whose creation is in the journal's buffer: checkpoints must contain them, guests don't see them yet.
+    creating: RefCell<Vec<Rc<Volume<P>>>>,
     /// Names of volumes being created.
     reserved: RefCell<std::collections::BTreeSet<Arc<str>>>,
     /// Volumes with something that the next upkeep makes durable.
@@ -152,6 +154,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             connections: Rc::default(),
             volumes: RefCell::default(),
             names: RefCell::default(),
+            creating: RefCell::default(),
             reserved: RefCell::default(),
             dirty: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(29, 30, 31, 32))),
             miss_fills: Cell::new(0),

@@ -97,12 +97,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             for volume in &volumes {
                 drop(volume.remove_file().await);
             }
-            return result;
         }
         for volume in volumes {
-            self.adopt(volume);
+            self.0.creating.borrow_mut().retain(|creating| creating.spec.id != volume.spec.id);
+            if result.is_ok() {
+                self.adopt(volume);
+            }
         }
-        Ok(())
+        result
     }
 
     async fn new_volume(&self, spec: VolumeSpec) -> Result<Rc<Volume<P>>> {
@@ -138,6 +140,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             synced.map_err(|e| Error::from_io(&format!("volume store {}: sync", dir.display()), &e))?;
         }
         let mut last = None;
+        self.0.creating.borrow_mut().extend(volumes.iter().cloned());
         for volume in volumes {
             last = Some(self.0.journal.append(&Record::Created(volume.spec.clone())));
             if volume.hydrated.get() {

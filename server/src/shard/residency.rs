@@ -52,6 +52,8 @@ pub struct ResidencyMap {
     dirty: Map<ChunkResidency>,
     /// Durable state of chunks whose captured change is being synced now.
     syncing: Map<ChunkResidency>,
+    /// The record of the captured change is in the journal's buffer: its data is synced, its commit is not.
+    appended: bool,
     resident_sectors: u64,
     version: u64,
 }
@@ -86,6 +88,7 @@ impl ResidencyMap {
             partial: map(),
             dirty: map(),
             syncing: map(),
+            appended: false,
             resident_sectors: 0,
             version,
         }
@@ -327,25 +330,34 @@ impl ResidencyMap {
         changes
     }
 
+    /// The captured change was appended to the journal: a checkpoint that starts from now on must contain it, for its
+    /// segment gets only records appended later.
+    pub fn sync_appended(&mut self) {
+        self.appended = true;
+    }
+
     pub fn sync_done(&mut self) {
+        self.appended = false;
         self.syncing.clear();
     }
 
     pub fn sync_failed(&mut self) {
+        self.appended = false;
         // The older durable state wins over one captured meanwhile.
         for (chunk, durable) in self.syncing.drain() {
             self.dirty.insert(chunk, durable);
         }
     }
 
-    /// Every chunk that is durably at least partly resident, for a checkpoint. Those that are zero by nature are so
+    /// Every chunk that is at least partly resident with synced data and an appended record, for a checkpoint. Those that are zero by nature are so
     /// durably only once the file has been synced (`zeroes`): until then not even its length is.
     #[must_use]
     pub fn durable(&self, zeroes: bool) -> Vec<(u32, ChunkResidency)> {
         (0..self.chunks)
             .filter(|chunk| zeroes || !bit(&self.unrecorded, u64::from(*chunk)))
             .filter_map(|chunk| {
-                let state = self.syncing.get(&chunk).or_else(|| self.dirty.get(&chunk)).cloned();
+                let syncing = self.syncing.get(&chunk).filter(|_| !self.appended);
+                let state = syncing.or_else(|| self.dirty.get(&chunk)).cloned();
                 match state.unwrap_or_else(|| self.current(chunk)) {
                     ChunkResidency::Absent => None,
                     state => Some((chunk, state)),

@@ -56,6 +56,10 @@ proptest! {
                     map.mark_written(SectorRange { start, end });
                     mark(&mut now, start, end);
                     prop_assert_eq!(restored(&map.durable(true)), durable.clone(), "dump during a sync");
+                    if ok {
+                        map.sync_appended();
+                        prop_assert_eq!(restored(&map.durable(true)), captured.clone(), "dump after the append");
+                    }
                     if ok { map.sync_done(); durable = captured; } else { map.sync_failed(); }
                 }
             }

@@ -88,8 +88,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     async fn checkpoint(&self) {
-        let mut volumes = self.volumes().into_iter();
-        let next = || volumes.by_ref().find(|v| !v.deleted.get()).map(|v| v.durable_state());
+        // Listed when the journal asks for the first one: it collects later records by then, and no earlier one is missed.
+        let mut volumes = None;
+        let next = || {
+            let list = || self.volumes().into_iter().chain(self.0.creating.borrow().clone());
+            volumes.get_or_insert_with(list).find(|v| !v.deleted.get()).map(|v| v.durable_state())
+        };
         match self.0.journal.checkpoint(next).await {
             Ok(()) => self.0.counters.checkpoints.add(1),
             Err(error) => self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message),

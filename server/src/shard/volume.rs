@@ -183,9 +183,10 @@ impl<P: Platform> Volume<P> {
         VolumeSpec { rate: self.hydration.borrow().rate, ..self.spec.clone() }
     }
 
-    /// Durable facts, for a checkpoint.
+    /// For a checkpoint: every fact whose record was appended so far, and none whose data is not synced.
     pub fn durable_state(&self) -> VolumeState {
-        let hydrated = self.hydrated.get();
+        let hydrated =
+            self.hydrated.get() || (self.synced_in_this_life.get() && self.map.borrow().is_full_and_durable());
         let zeroes = self.synced_in_this_life.get();
         let residency = if hydrated { Vec::new() } else { self.map.borrow().durable(zeroes) };
         VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated }
@@ -385,6 +386,7 @@ impl<P: Platform> Volume<P> {
             }
             if !changes.is_empty() {
                 let lsn = journal.append(&Record::Residency { volume: self.spec.id, chunks: changes });
+                self.map.borrow_mut().sync_appended();
                 journal.commit(lsn).await?;
                 self.has_durable_data.set(true);
             }
