@@ -1,4 +1,7 @@
-//! Inputs that the benchmarks share. The same seed gives the same bytes, so that runs can be compared.
+//! What the benchmarks share: inputs, figures, processes. The same seed gives the same bytes, so that runs can be compared.
+
+pub mod figure;
+pub mod process;
 
 /// Bytes that no compressor shrinks.
 #[must_use]

@@ -1,0 +1,112 @@
+//! What a benchmark measured: one value per run, beside what a peer did in the same run.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+
+/// One published figure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// Its name, stable over commits.
+    pub figure: String,
+    /// Our median over the runs.
+    pub value: f64,
+    pub unit: &'static str,
+    /// Median over the runs of our speed over the peer's in the same run: above 1 we are faster.
+    pub ratio: Option<f64>,
+    /// What we compare with, and its settings.
+    pub peer: Option<String>,
+    pub runs: usize,
+    /// Smallest and largest value of a run.
+    pub min: f64,
+    pub max: f64,
+}
+
+/// One run: our value and the peer's, in the same unit.
+#[derive(Clone, Copy, Debug)]
+pub struct Pair {
+    pub ours: f64,
+    pub peer: f64,
+}
+
+impl Figure {
+    /// A figure that stands alone.
+    ///
+    /// # Panics
+    /// Without a value.
+    #[must_use]
+    pub fn alone(figure: &str, unit: &'static str, values: &[f64]) -> Figure {
+        let (min, max) = spread(values);
+        let (figure, value, runs) = (figure.to_owned(), median(values), values.len());
+        Figure { figure, value, unit, ratio: None, peer: None, runs, min, max }
+    }
+
+    /// A figure beside a peer's. `unit` is a rate: more is faster.
+    ///
+    /// # Panics
+    /// Without a run.
+    #[must_use]
+    pub fn against(figure: &str, unit: &'static str, peer: &str, runs: &[Pair]) -> Figure {
+        let ours: Vec<f64> = runs.iter().map(|run| run.ours).collect();
+        let ratios: Vec<f64> = runs.iter().map(|run| run.ours / run.peer).collect();
+        Figure { ratio: Some(median(&ratios)), peer: Some(peer.to_owned()), ..Figure::alone(figure, unit, &ours) }
+    }
+}
+
+/// The middle value; of an even number the mean of the two in the middle.
+///
+/// # Panics
+/// Without a value.
+#[must_use]
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}
+
+fn spread(values: &[f64]) -> (f64, f64) {
+    let ends = |(min, max): (f64, f64), &value: &f64| (min.min(value), max.max(value));
+    values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), ends)
+}
+
+/// Prints the figures as a table, and as a JSON array of objects into a file where one is named.
+///
+/// # Errors
+/// As writing the file or stdout.
+pub fn report(figures: &[Figure], json: Option<&Path>) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
+        "{:<32} {:>12} {:<8} {:>7} {:>12} {:>12} {:>4}  PEER",
+        "FIGURE", "MEDIAN", "UNIT", "RATIO", "MIN", "MAX", "RUNS"
+    )?;
+    for figure in figures {
+        let ratio = figure.ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.2}"));
+        let Figure { figure: name, value, unit, min, max, runs, .. } = figure;
+        let peer = figure.peer.as_deref().unwrap_or("-");
+        writeln!(out, "{name:<32} {value:>12.2} {unit:<8} {ratio:>7} {min:>12.2} {max:>12.2} {runs:>4}  {peer}")?;
+    }
+    if let Some(path) = json {
+        let mut text = serde_json::to_string_pretty(figures)?;
+        text.push('\n');
+        std::fs::write(path, text)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Figure, Pair, median};
+
+    #[test]
+    fn medians_and_ratios_are_of_the_runs() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        // The ratio is the median of the runs' ratios, not the ratio of the medians: 0.5, 1, 2.
+        let runs = [Pair { ours: 1.0, peer: 2.0 }, Pair { ours: 9.0, peer: 9.0 }, Pair { ours: 8.0, peer: 4.0 }];
+        let figure = Figure::against("f", "1/s", "p", &runs);
+        assert_eq!((figure.value, figure.ratio, figure.min, figure.max), (8.0, Some(1.0), 1.0, 9.0));
+    }
+}
