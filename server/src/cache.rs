@@ -95,6 +95,19 @@ impl ChunkCache {
         self.index.insert(digest, at);
     }
 
+    /// Checks the cache against itself and its budget.
+    ///
+    /// # Errors
+    /// A sentence that names what does not hold.
+    pub fn check(&self) -> Result<(), String> {
+        let held: usize = self.index.values().map(|at| self.slots[*at].data.len()).sum();
+        if held != self.used_bytes || held > self.budget_bytes {
+            let (used, budget) = (self.used_bytes, self.budget_bytes);
+            return Err(format!("the cache holds {held} bytes, counts {used} and may have {budget}"));
+        }
+        Ok(())
+    }
+
     fn evict_one(&mut self) {
         let mut at = if self.hand == NONE { self.oldest } else { self.hand };
         assert!(at != NONE, "the budget is exceeded only while something is cached");

@@ -12,6 +12,7 @@ pub mod import;
 pub mod journal;
 pub mod limits;
 pub mod metrics;
+pub mod mutation;
 pub mod notify;
 pub mod object_store;
 pub mod parallel;

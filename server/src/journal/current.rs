@@ -6,6 +6,7 @@ use std::path::Path;
 use super::frame::{BLOCK_BYTES, SegmentName, TMP_SUFFIX, block_is_sealed, get, put, seal_block};
 use super::segment::remove_if_exists;
 use crate::error::{Error, Result};
+use crate::mutation::{self, Mutation};
 use crate::platform::{File, OpenMode, Platform};
 
 pub(super) const CURRENT: &str = "CURRENT";
@@ -93,7 +94,9 @@ pub(super) async fn write<P: Platform>(platform: &P, dir: &Path, current: Curren
     let mut block = platform.alloc(BLOCK_BYTES);
     current.encode(&mut block);
     file.write_at(0, block).await?;
-    file.datasync().await?;
+    if !mutation::on(Mutation::SuperblockNotSynced) {
+        file.datasync().await?;
+    }
     file.close().await?;
     platform.rename(&tmp, &path).await?;
     platform.sync_dir(dir).await

@@ -8,6 +8,7 @@ use super::current::{self, CURRENT, Current, CurrentError};
 use super::frame::{BLOCK_BYTES, SegmentName};
 use super::scan::{Scan, ScanError, Scanned, WINDOW_BYTES};
 use crate::error::{Error, Result, Status};
+use crate::mutation::{self, Mutation};
 use crate::platform::{DirEntry, File, OpenMode, Platform};
 use crate::types::{VolumeId, VolumeState};
 
@@ -54,7 +55,8 @@ pub async fn recover<P: Platform>(platform: &P, dir: &Path) -> Result<Recovered>
     let current = read_current(platform, dir).await?;
     let mut merged: BTreeMap<VolumeId, (u32, VolumeState)> = BTreeMap::new();
     let mut files = Vec::new();
-    for shard in 0..current.shards {
+    let forgotten = u32::from(mutation::on(Mutation::RestartLosesPartition) && current.shards > 1);
+    for shard in 0..current.shards - forgotten {
         let newest = segments.iter().filter(|name| (name.epoch, name.shard) == (current.epoch, shard)).max();
         let name = *newest.ok_or_else(|| missing_segment(dir, current, shard))?;
         let scanned = read_segment(platform, dir, name).await?;

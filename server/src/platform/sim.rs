@@ -168,6 +168,11 @@ impl SimWorld {
         self.core.executor.trace_hash()
     }
 
+    /// Calls `hook` after every step from now on (`None`: no longer). It may look at everything and must change nothing.
+    pub fn on_step(&self, hook: Option<Box<dyn FnMut()>>) {
+        self.core.executor.on_step(hook);
+    }
+
     /// Keeps the last events as text from now on; they cost time and memory.
     pub fn keep_trace(&self) {
         self.core.executor.keep_trace();
@@ -219,9 +224,7 @@ impl SimWorld {
     /// # Errors
     /// If there is no such file.
     pub fn file_bytes(&self, path: &Path) -> io::Result<Vec<u8>> {
-        let inode = self.core.disk.borrow().file(path)?;
-        let inode = inode.borrow();
-        Ok(inode.live.read(0, usize::try_from(inode.live.len).unwrap_or(usize::MAX)))
+        self.platform().peek(path, 0, usize::MAX)
     }
 
     /// Damages one byte of a file on the medium, behind the program's back.
@@ -250,6 +253,17 @@ pub struct Sim {
 }
 
 impl Sim {
+    /// What a reader of the file would see now, in no time: at most `len` bytes from `offset`.
+    ///
+    /// # Errors
+    /// If there is no such file.
+    pub fn peek(&self, path: &Path, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let inode = self.core.disk.borrow().file(path)?;
+        let inode = inode.borrow();
+        let rest = usize::try_from(inode.live.len.saturating_sub(offset)).unwrap_or(usize::MAX);
+        Ok(inode.live.read(offset, len.min(rest)))
+    }
+
     /// Waits as long as `op` on `path` takes; fails where a fault is due or the life is over.
     async fn device(&self, path: &Path, op: DiskOp) -> io::Result<()> {
         self.check_life()?;

@@ -8,6 +8,7 @@ use futures::stream::{self, StreamExt};
 
 use crate::error::{Error, Result, Status};
 use crate::journal::Record;
+use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectError, ObjectStore};
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
@@ -134,10 +135,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let mut stores: Vec<usize> = volumes.iter().map(|volume| volume.store).collect();
         stores.sort_unstable();
         stores.dedup();
-        for store in stores {
-            let dir = &self.0.stores[store].volumes_dir;
-            let synced = self.0.platform.sync_dir(dir).await;
-            synced.map_err(|e| Error::from_io(&format!("volume store {}: sync", dir.display()), &e))?;
+        for store in stores.into_iter().filter(|_| !mutation::on(Mutation::DirectoryNotSynced)) {
+            self.sync_store(store).await?;
         }
         let mut last = None;
         self.0.creating.borrow_mut().extend(volumes.iter().cloned());
@@ -158,6 +157,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         committed
     }
 
+    /// Makes names of volume files durable.
+    async fn sync_store(&self, store: usize) -> Result<()> {
+        let dir = &self.0.stores[store].volumes_dir;
+        let synced = self.0.platform.sync_dir(dir).await;
+        synced.map_err(|e| Error::from_io(&format!("volume store {}: sync", dir.display()), &e))
+    }
+
     async fn delete_volume(&self, name: &str, force: bool) -> Result<()> {
         self.refuse_when_stopping()?;
         let volume = self.by_name(name)?;
@@ -172,8 +178,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.names.borrow_mut().remove(name);
         volume.changed.wake_all();
         volume.set_aside().await?;
-        let lsn = self.0.journal.append(&Record::Deleted(volume.spec.id));
-        self.0.journal.commit(lsn).await?;
+        if !mutation::on(Mutation::DeletionBeforeItsName) {
+            // The new name first: a restart that knows nothing of the volume must not find its file under the old one.
+            self.sync_store(volume.store).await?;
+        }
+        if !mutation::on(Mutation::DeletionNotJournaled) {
+            let lsn = self.0.journal.append(&Record::Deleted(volume.spec.id));
+            self.0.journal.commit(lsn).await?;
+        }
         volume.remove_set_aside().await
     }
 

@@ -11,6 +11,7 @@ use futures::future::join_all;
 
 use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
+use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
@@ -30,7 +31,7 @@ const PREFETCH_WINDOW_CHUNKS: usize = 32;
 /// Bytes one discard or write-zeroes punches at a time, so that the chunks' locks are held briefly.
 const ZERO_STEP_BYTES: u64 = 32 << 20;
 /// Fills behind read misses that may hold their chunk in memory at once, per shard; beyond it they are owed.
-const MISS_FILLS_MAX: usize = 64;
+pub(super) const MISS_FILLS_MAX: usize = 64;
 
 /// Content of a chunk in the snapshot.
 #[derive(Clone)]
@@ -107,13 +108,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if volume.deleted.get() {
             return Err(Error::new(Status::UnknownVolume, format!("volume {name:?} was deleted")));
         }
-        if generation < current {
+        if generation < current && !mutation::on(Mutation::StaleGenerationAccepted) {
             self.0.counters.stale_generations.add(1);
             let message =
                 format!("volume {name:?}: generation {generation} is fenced by {current}: another host attached");
             return Err(Error::new(Status::StaleGeneration, message));
         }
-        if generation > current || volume.attached.get() != Some(claim.from) {
+        let fenced = volume.attached.get() != Some(claim.from) && !mutation::on(Mutation::OldConnectionAccepted);
+        if generation > current || (fenced && !mutation::on(Mutation::StaleGenerationAccepted)) {
             let message =
                 format!("volume {name:?} is not attached with generation {generation} on this connection: attach it");
             return Err(Error::new(Status::NotAttached, message));
@@ -304,7 +306,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     async fn finish_write(&self, volume: &Rc<Volume<P>>, fua: bool) -> Result<Reply> {
-        if fua {
+        if fua && !mutation::on(Mutation::FuaIgnored) {
             volume.sync(&self.0.journal, &self.0.counters).await?;
         }
         Ok(Reply::Done)
@@ -341,14 +343,22 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let _locks = volume.locks.lock_all(range.chunks(volume), mode).await;
         let _writing = Writing::begin(volume);
         // While the locks were awaited another host may have attached.
-        self.check_claim(volume, claim)?;
+        if !mutation::on(Mutation::ClaimNotCheckedAgain) {
+            self.check_claim(volume, claim)?;
+        }
+        if mutation::on(Mutation::ResidentBeforeWritten) {
+            volume.map.borrow_mut().mark_written(sectors);
+        }
         let mut buf = self.0.platform.alloc(((sectors.end - sectors.start) * SECTOR) as usize);
         let len = buf.len();
         buf[len - SECTOR as usize..].fill(0);
         for sector in edges {
             let place = ((sector - sectors.start) * SECTOR) as usize;
             let target = &mut buf[place..place + SECTOR as usize];
-            self.old_sector(volume, sector, &old, target).await?;
+            match mutation::on(Mutation::EdgeWithoutOldContent) {
+                true => target.fill(0),
+                false => self.old_sector(volume, sector, &old, target).await?,
+            }
         }
         let from = (range.offset - sectors.start * SECTOR) as usize;
         let target = &mut buf[from..from + range.len as usize];
@@ -389,7 +399,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let range = ByteRange::check(&volume, range.0, range.1)?;
         self.count_write(&volume, range.len);
         let to_end = range.end() == volume.spec.size_bytes;
-        let inner_start = range.offset.next_multiple_of(SECTOR);
+        let inner_start = match mutation::on(Mutation::ZeroRoundsOutward) {
+            true => range.offset / SECTOR * SECTOR,
+            false => range.offset.next_multiple_of(SECTOR),
+        };
         let inner_end = if to_end { range.end().next_multiple_of(SECTOR) } else { range.end() / SECTOR * SECTOR };
         if inner_start >= inner_end {
             if write_edges {
@@ -422,7 +435,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let _locks = volume.locks.lock_all(chunks, Mode::Shared).await;
         let _writing = Writing::begin(volume);
         self.check_claim(volume, claim)?;
-        volume.zero_sectors(sectors).await?;
+        if !mutation::on(Mutation::ZeroWithoutPunch) {
+            volume.zero_sectors(sectors).await?;
+        }
         volume.map.borrow_mut().mark_zeroed(sectors);
         self.note_dirty(volume);
         volume.note_change();
@@ -484,6 +499,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 }
             }
             at = end;
+        }
+        if mutation::on(Mutation::DurableFetchNotSynced) {
+            return Ok(Reply::Done);
         }
         if until == FetchUntil::Durable && !volume.map.borrow().is_durable(range.sectors()) {
             volume.map.borrow_mut().record_zeroes(range.sectors());

@@ -4,6 +4,7 @@
 //! commit, what is *durable*: a record may only speak of data that was synced before it (P1), and a checkpoint may
 //! only dump durable facts.
 
+use crate::mutation::{self, Mutation};
 use crate::types::{ChunkResidency, SECTOR_BYTES};
 
 type Map<V> = hashbrown::HashMap<u32, V, ahash::RandomState>;
@@ -224,7 +225,7 @@ impl ResidencyMap {
     }
 
     /// Marks a chunk of a fresh volume resident that has no data by nature. Nothing is journaled unless somebody asks
-    /// for it by [`ResidencyMap::record_zeroes`]: after a restart the manifest says it again.
+    /// for it by [`ResidencyMap::record_zeroes`] or another change is made durable: the manifest says it again.
     pub fn mark_zero_by_nature(&mut self, chunk: u32) {
         let sectors = self.chunk_sectors(chunk);
         if !self.is_chunk_resident(chunk) {
@@ -243,6 +244,16 @@ impl ResidencyMap {
                 clear(&mut self.unrecorded, u64::from(chunk));
                 self.dirty.insert(chunk, ChunkResidency::Absent);
             }
+        }
+    }
+
+    /// [`ResidencyMap::record_zeroes`] for at most `max` chunks of the whole device, wherever they are.
+    pub fn record_some_zeroes(&mut self, max: usize) {
+        for _ in 0..max {
+            let Some(word) = self.unrecorded.iter().position(|word| *word != 0) else { return };
+            let chunk = word as u32 * 64 + self.unrecorded[word].trailing_zeros();
+            clear(&mut self.unrecorded, u64::from(chunk));
+            self.dirty.insert(chunk, ChunkResidency::Absent);
         }
     }
 
@@ -356,6 +367,9 @@ impl ResidencyMap {
         (0..self.chunks)
             .filter(|chunk| zeroes || !bit(&self.unrecorded, u64::from(*chunk)))
             .filter_map(|chunk| {
+                if mutation::on(Mutation::CheckpointDumpsUnsynced) {
+                    return Some((chunk, self.current(chunk)));
+                }
                 let syncing = self.syncing.get(&chunk).filter(|_| !self.appended);
                 let state = syncing.or_else(|| self.dirty.get(&chunk)).cloned();
                 match state.unwrap_or_else(|| self.current(chunk)) {
@@ -394,6 +408,48 @@ impl ResidencyMap {
         }
         self.dirty.clear();
         Ok(())
+    }
+
+    /// Checks the map against itself.
+    ///
+    /// # Errors
+    /// A sentence that names what does not hold.
+    pub fn check(&self) -> Result<(), String> {
+        let mut sectors = 0;
+        for chunk in 0..self.chunks {
+            let (index, whole) = (u64::from(chunk), self.chunk_sectors(chunk));
+            let (resident, partial) = (self.is_chunk_resident(chunk), self.partial.contains_key(&chunk));
+            let (hole, unrecorded) = (bit(&self.holes, index), bit(&self.unrecorded, index));
+            if (resident && partial) || (hole && !resident) || (unrecorded && !hole) {
+                return Err(format!(
+                    "chunk {chunk}: resident {resident}, partial {partial}, hole {hole}, unrecorded {unrecorded}"
+                ));
+            }
+            let count = if resident { whole.end - whole.start } else { self.count(chunk) };
+            if partial && (count == 0 || count >= whole.end - whole.start) {
+                return Err(format!("chunk {chunk}: {count} sectors make it partial"));
+            }
+            sectors += count;
+        }
+        if sectors != self.resident_sectors {
+            return Err(format!("{sectors} sectors are resident, the count says {}", self.resident_sectors));
+        }
+        let durable = self.dirty.iter().chain(&self.syncing);
+        match durable.into_iter().find(|(chunk, durable)| !self.includes(**chunk, durable)) {
+            Some((chunk, durable)) => Err(format!("chunk {chunk}: durable as {durable:?}, but not resident")),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether everything of `durable` is resident now.
+    fn includes(&self, chunk: u32, durable: &ChunkResidency) -> bool {
+        match (durable, self.current(chunk)) {
+            (ChunkResidency::Absent, _) | (_, ChunkResidency::Resident) => true,
+            (ChunkResidency::Partial(old), ChunkResidency::Partial(now)) => {
+                old.iter().zip(&now).all(|(old, now)| old & !now == 0)
+            }
+            _ => false,
+        }
     }
 
     /// Marks everything resident at start: the journal knew the volume as hydrated.

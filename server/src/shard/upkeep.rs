@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
 
+use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
@@ -87,11 +88,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
     }
 
-    async fn checkpoint(&self) {
+    pub(super) async fn checkpoint(&self) {
         // Listed when the journal asks for the first one: it collects later records by then, and no earlier one is missed.
         let mut volumes = None;
         let next = || {
-            let list = || self.volumes().into_iter().chain(self.0.creating.borrow().clone());
+            let creating = || self.0.creating.borrow().clone().into_iter();
+            let creating = || creating().filter(|_| !mutation::on(Mutation::CheckpointForgetsCreating));
+            let list = || self.volumes().into_iter().chain(creating());
             volumes.get_or_insert_with(list).find(|v| !v.deleted.get()).map(|v| v.durable_state())
         };
         match self.0.journal.checkpoint(next).await {

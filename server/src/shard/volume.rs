@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::budget::{RateMeter, TokenBucket};
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
+use crate::mutation::{self, Mutation};
 use crate::platform::{File, OpenMode, Platform, Time};
 use crate::shard::api::ConnectionId;
 use crate::shard::hydrate::ZERO_RUN_CHUNKS_MAX;
@@ -24,6 +25,10 @@ const SECTOR: u64 = SECTOR_BYTES as u64;
 
 /// File name extension of a volume that is being deleted.
 pub const SET_ASIDE: &str = "deleted";
+
+/// Chunks without data in the snapshot that one sync also writes down, so that a restart knows them as resident: a bound
+/// on what the sync of a very large volume carries.
+const ZEROES_RECORDED_MAX: usize = 4096;
 
 /// What guests did to one volume.
 #[derive(Default)]
@@ -310,11 +315,21 @@ impl<P: Platform> Volume<P> {
     /// Writes the sectors of a chunk that are not resident, and only those. Returns the bytes written.
     /// `content` is the chunk as in the snapshot; past its end (the tail of the device's last sector) are zeroes.
     pub async fn fill(&self, chunk: u32, content: &[u8]) -> Result<u64> {
-        let _alone = self.locks.lock(chunk, Mode::Alone).await;
-        let (absent, whole) = {
+        let early = mutation::on(Mutation::FillDecidesBeforeLock).then(|| self.map.borrow().absent_runs(chunk));
+        let _alone = match mutation::on(Mutation::FillWithoutLock) {
+            true => None,
+            false => Some(self.locks.lock(chunk, Mode::Alone).await),
+        };
+        let (mut absent, whole) = {
             let map = self.map.borrow();
             (map.absent_runs(chunk), map.chunk_sectors(chunk))
         };
+        if let Some(early) = early {
+            absent = early;
+        }
+        if mutation::on(Mutation::FillIgnoresSectors) {
+            absent = vec![whole];
+        }
         let mut written = 0;
         for run in absent {
             let mut buf = self.platform.alloc(((run.end - run.start) * SECTOR) as usize);
@@ -338,7 +353,9 @@ impl<P: Platform> Volume<P> {
         let runs = self.map.borrow().runs(range);
         for run in runs.iter().filter(|run| !run.resident) {
             let absent = SectorRange { start: run.start, end: run.end };
-            self.zero_sectors(absent).await?;
+            if !mutation::on(Mutation::ZeroFillTrustsFile) {
+                self.zero_sectors(absent).await?;
+            }
             self.map.borrow_mut().mark_zeroed(absent);
         }
         self.note_change();
@@ -365,6 +382,9 @@ impl<P: Platform> Volume<P> {
         }
         self.check_poison()?;
         let covers = self.sync_arrivals.get();
+        if mutation::on(Mutation::FirstFlushTrustsEarlierLife) {
+            self.synced_in_this_life.set(true);
+        }
         if self.needs_sync() || !self.synced_in_this_life.get() {
             counters.syncs.add(1);
             self.sync_now(journal).await?;
@@ -375,11 +395,21 @@ impl<P: Platform> Volume<P> {
 
     async fn sync_now(&self, journal: &Journal<P>) -> Result<()> {
         let was_unsynced = self.unsynced.replace(false);
-        let changes = self.map.borrow_mut().capture_dirty();
+        self.map.borrow_mut().record_some_zeroes(ZEROES_RECORDED_MAX);
+        let mut changes = self.map.borrow_mut().capture_dirty();
+        if mutation::on(Mutation::FlushSkipsMap) {
+            changes.clear();
+        }
         let synced = async {
+            if mutation::on(Mutation::RecordBeforeData) && !changes.is_empty() {
+                let record = Record::Residency { volume: self.spec.id, chunks: changes.clone() };
+                journal.commit(journal.append(&record)).await?;
+            }
             if was_unsynced || !self.synced_in_this_life.get() {
                 let file = self.file().await?;
-                if let Err(e) = file.datasync().await {
+                if !mutation::on(Mutation::FlushSkipsDatasync)
+                    && let Err(e) = file.datasync().await
+                {
                     return Err(self.poison(&e));
                 }
                 self.synced_in_this_life.set(true);

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use thiserror::Error;
 
 use super::ChunkEntry;
+use crate::mutation::{self, Mutation};
 
 /// How the bytes of a chunk are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,7 +57,7 @@ pub fn decode_chunk(entry: &ChunkEntry, stored: &[u8], chunk_len: u32) -> Result
     if raw.len() != chunk_len as usize {
         return Err(CorruptChunk::RawLength { expected: chunk_len, found: raw.len() });
     }
-    if blake3::hash(&raw).as_bytes() != digest {
+    if blake3::hash(&raw).as_bytes() != digest && !mutation::on(Mutation::DigestNotChecked) {
         return Err(CorruptChunk::Digest);
     }
     Ok(raw)

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{ChunkSource, Digest};
+use crate::mutation::{self, Mutation};
 
 /// Order of urgency, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -111,6 +112,11 @@ impl<W> FetchQueue<W> {
     /// Adds a waiter; `true` if the chunk was queued or in flight already. A more urgent class promotes it.
     pub fn push(&mut self, source: ChunkSource, class: FetchClass, waiter: W) -> bool {
         self.sequence += 1;
+        let mut source = source;
+        if mutation::on(Mutation::SingleFlightBroken) {
+            // Another name for the same bytes.
+            source.digest[..8].copy_from_slice(&self.sequence.to_le_bytes());
+        }
         if let Some(entry) = self.entries.get_mut(&source.digest) {
             entry.waiters.push(waiter);
             entry.promoted |= entry.queued.is_none() && class < entry.class;
@@ -181,6 +187,22 @@ impl<W> FetchQueue<W> {
     /// Ends the fetch of a chunk: the waiters to answer, also those that joined in flight.
     pub fn take_waiters(&mut self, digest: &Digest) -> Vec<W> {
         self.entries.remove(digest).map(|entry| entry.waiters).unwrap_or_default()
+    }
+
+    /// Checks the queue against itself and its limits.
+    ///
+    /// # Errors
+    /// A sentence that names what does not hold.
+    pub fn check(&self) -> Result<(), String> {
+        let queued = self.entries.values().filter(|entry| entry.queued.is_some()).count();
+        if queued != self.order.len() {
+            return Err(format!("{queued} chunks are queued, {} have a turn", self.order.len()));
+        }
+        let (all, background) = (self.in_flight, self.in_flight_background);
+        if all > self.limits.gets_max || background > self.limits.gets_background_max {
+            return Err(format!("{all} GETs in flight, {background} of them background, exceed {:?}", self.limits));
+        }
+        Ok(())
     }
 
     /// A GET ended: frees its slot.

@@ -1,6 +1,7 @@
 //! Random guests: requests of every kind at any shard, each answer judged by the model.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,10 +12,10 @@ use volley_server::platform::sim::{Sim, SimRng};
 use volley_server::shard::api::{Command, ConnectionId, FetchUntil, Reply, Request};
 use volley_server::types::{HydrationRate, VolumeId, VolumeSpec};
 
-use crate::model::{BLOCK, Existence, Tag, VolumeModel, ZEROES};
+use crate::model::{BLOCK, Existence, Tag, VolumeModel, WriteStart, ZEROES};
 use crate::node::{CHUNK_BYTES, Node, Snapshot, volume_spec};
 
-const VOLUMES_MAX: usize = 5;
+const VOLUMES_MAX: usize = 8;
 
 pub type VolumeRc = Rc<RefCell<VolumeModel>>;
 
@@ -29,14 +30,16 @@ pub struct Excuses {
 /// All that the test knows; it outlives the node.
 pub struct Guests {
     pub volumes: RefCell<Vec<VolumeRc>>,
+    /// Volumes whose deletion was answered: they never come back.
+    pub deleted: RefCell<Vec<VolumeSpec>>,
     pub snapshots: Vec<Snapshot>,
     rng: RefCell<SimRng>,
     next_tag: Cell<Tag>,
     next_name: Cell<u32>,
     pub excuses: Cell<Excuses>,
     pub stopping: Cell<bool>,
-    /// Requests answered with success, to see that a run does something.
-    pub done: Cell<u64>,
+    /// What happened how often, to see that the runs reach everything.
+    pub happened: RefCell<BTreeMap<String, u64>>,
 }
 
 /// A request's view of its volume at its start.
@@ -68,14 +71,19 @@ impl Guests {
     pub fn new(rng: SimRng, snapshots: Vec<Snapshot>) -> Guests {
         Guests {
             volumes: RefCell::default(),
+            deleted: RefCell::default(),
             snapshots,
             rng: RefCell::new(rng),
             next_tag: Cell::new(ZEROES + 1),
             next_name: Cell::new(0),
             excuses: Cell::default(),
             stopping: Cell::new(false),
-            done: Cell::new(0),
+            happened: RefCell::default(),
         }
+    }
+
+    pub fn count(&self, what: impl Into<String>) {
+        *self.happened.borrow_mut().entry(what.into()).or_default() += 1;
     }
 
     fn below(&self, bound: u64) -> u64 {
@@ -100,8 +108,18 @@ impl Guests {
         if self.below(60) == 0 {
             return self.create(node).await;
         }
+        if self.below(60) == 0 {
+            self.count("checkpoint");
+            return node.shards[self.below(node.shards.len() as u64) as usize].checkpoint_now().await;
+        }
+        let dice = self.below(100);
+        self.request(node, dice).await;
+    }
+
+    /// The request that a throw of a hundred-sided die asks for.
+    pub async fn request(&self, node: &Node, dice: u64) {
         let Some(session) = self.session(node).await else { return };
-        match self.below(100) {
+        match dice {
             0..30 => self.read(node, &session).await,
             30..58 => self.write(node, &session).await,
             58..66 => self.flush(node, &session).await,
@@ -139,9 +157,11 @@ impl Guests {
 
     async fn send(&self, node: &Node, from: ConnectionId, request: Request) -> Result<Reply> {
         let shard = self.below(node.shards.len() as u64) as usize;
+        let kind = kind(&request);
         let reply = node.request(shard, from, request).await;
-        if reply.is_ok() {
-            self.done.set(self.done.get() + 1);
+        match &reply {
+            Ok(_) => self.count(kind),
+            Err(error) => self.count(format!("{:?}", error.status)),
         }
         reply
     }
@@ -188,6 +208,13 @@ impl Guests {
         (offset, len.min(size - offset))
     }
 
+    /// The node was stopped: nobody is attached any more.
+    pub fn forget_attachments(&self) {
+        for volume in &*self.volumes.borrow() {
+            volume.borrow_mut().attached = false;
+        }
+    }
+
     fn new_connection(&self) -> ConnectionId {
         ConnectionId(u64::from(self.new_tag()))
     }
@@ -215,25 +242,23 @@ impl Guests {
         let (offset, len) = self.range(&session.model.borrow());
         let tag = self.new_tag();
         let fua = self.below(5) == 0;
-        if session.model.borrow_mut().begin_write(offset, len, tag).is_none() {
-            return;
-        }
+        let Some(write) = session.model.borrow_mut().begin_write(offset, len, tag) else { return };
         let data = session.model.borrow().content(offset, len, tag);
         let (volume, generation) = (session.id, session.generation);
         let reply = self.send(node, session.connection, Request::Write { volume, generation, offset, data, fua }).await;
-        self.end_write(session, (offset, len), fua, "write", reply);
+        self.end_write(session, &write, fua, "write", reply);
     }
 
-    fn end_write(&self, session: &Session, (offset, len): (u64, u64), fua: bool, what: &str, reply: Result<Reply>) {
+    fn end_write(&self, session: &Session, write: &WriteStart, fua: bool, what: &str, reply: Result<Reply>) {
         match reply {
-            Ok(_) => session.model.borrow_mut().write_done(offset, len, fua),
+            Ok(_) => session.model.borrow_mut().write_done(write, fua),
             Err(error) => {
                 // Fenced requests have no effect; of a zeroing in several steps the first ones may have happened.
                 match error.status {
                     Status::StaleGeneration | Status::NotAttached if what == "write" => {
-                        session.model.borrow_mut().write_refused(offset, len);
+                        session.model.borrow_mut().write_refused(write);
                     }
-                    _ => session.model.borrow_mut().write_failed(offset, len),
+                    _ => session.model.borrow_mut().write_failed(write),
                 }
                 self.excuse(session, what, &error);
             }
@@ -252,9 +277,7 @@ impl Guests {
             }
             len = end - offset;
         }
-        if session.model.borrow_mut().begin_write(offset, len, ZEROES).is_none() {
-            return;
-        }
+        let Some(zeroing) = session.model.borrow_mut().begin_write(offset, len, ZEROES) else { return };
         let (volume, generation) = (session.id, session.generation);
         let fua = write && self.below(4) == 0;
         let request = match write {
@@ -262,7 +285,7 @@ impl Guests {
             false => Request::Discard { volume, generation, offset, len },
         };
         let reply = self.send(node, session.connection, request).await;
-        self.end_write(session, (offset, len), fua, "write-zeroes or discard", reply);
+        self.end_write(session, &zeroing, fua, "write-zeroes or discard", reply);
     }
 
     async fn flush(&self, node: &Node, session: &Session) {
@@ -322,6 +345,9 @@ impl Guests {
                     volume.generation = info.generation;
                     volume.connection = connection;
                     volume.attached = true;
+                    if volume.attach_changes == session.attach_changes {
+                        volume.fence_writes();
+                    }
                 }
                 volume.attach_changes += 1;
             }
@@ -351,9 +377,14 @@ impl Guests {
         match reply {
             Ok(Reply::Attached(info)) => {
                 assert_eq!(info.generation, session.generation);
-                if session.model.borrow().generation == info.generation {
-                    session.model.borrow_mut().connection = connection;
+                let mut volume = session.model.borrow_mut();
+                if volume.generation == info.generation {
+                    volume.connection = connection;
+                    if volume.attach_changes == session.attach_changes {
+                        volume.fence_writes();
+                    }
                 }
+                drop(volume);
                 session.model.borrow_mut().attach_changes += 1;
             }
             Ok(other) => panic!("an attach was answered with {other:?}"),
@@ -417,22 +448,32 @@ impl Guests {
         }
     }
 
+    /// One request that creates up to four volumes, all of one shard.
     pub async fn create(&self, node: &Node) {
-        if self.volumes.borrow().len() >= VOLUMES_MAX {
-            return;
-        }
-        let (spec, image) = self.new_spec();
-        let model = Rc::new(RefCell::new(VolumeModel::new(spec.clone(), image)));
-        self.volumes.borrow_mut().push(model.clone());
-        let name = spec.name.clone();
-        let make = |reply| Command::CreateVolumes { specs: vec![spec], reply };
-        let created = node.command(&name, make).await;
-        match created {
-            Ok(()) => model.borrow_mut().existence = Existence::Sure,
-            Err(error) => {
-                self.excuse(&Session::of(&model), "create", &error);
-                // A failed commit may have become durable nevertheless: it stays a maybe until the next life.
+        let room = VOLUMES_MAX.saturating_sub(self.volumes.borrow().len());
+        let count = room.min(1 + self.below(4) as usize);
+        let owner = |spec: &VolumeSpec| spec.id.owner(node.shards.len());
+        let mut specs: Vec<VolumeSpec> = Vec::new();
+        let mut models = Vec::new();
+        while specs.len() < count {
+            let (spec, image) = self.new_spec();
+            if specs.first().is_none_or(|first| owner(first) == owner(&spec)) {
+                models.push(Rc::new(RefCell::new(VolumeModel::new(spec.clone(), image))));
+                specs.push(spec);
             }
+        }
+        let Some(first) = specs.first() else { return };
+        let name = first.name.clone();
+        self.volumes.borrow_mut().extend(models.iter().cloned());
+        match node.command(&name, |reply| Command::CreateVolumes { specs, reply }).await {
+            Ok(()) => {
+                for model in models {
+                    self.count(if model.borrow().image.is_some() { "create" } else { "create blank" });
+                    model.borrow_mut().existence = Existence::Sure;
+                }
+            }
+            // A failed commit may have become durable nevertheless: they stay maybes until the next life.
+            Err(error) => self.excuse(&Session::of(&models[0]), "create", &error),
         }
     }
 
@@ -460,8 +501,33 @@ impl Guests {
         session.model.borrow_mut().existence = Existence::Leaving;
         let make = |reply| Command::DeleteVolume { name: name.to_string(), force: true, reply };
         match node.command(&name, make).await {
-            Ok(()) => self.volumes.borrow_mut().retain(|v| !Rc::ptr_eq(v, &session.model)),
+            Ok(()) => {
+                self.count("delete");
+                self.deleted.borrow_mut().push(session.model.borrow().spec.clone());
+                self.volumes.borrow_mut().retain(|v| !Rc::ptr_eq(v, &session.model));
+            }
             Err(error) => self.excuse(session, "delete", &error),
         }
+    }
+}
+
+/// What a request is counted as.
+fn kind(request: &Request) -> &'static str {
+    let cut = |offset: u64, len: u64| !offset.is_multiple_of(4096) || !len.is_multiple_of(4096);
+    match request {
+        Request::Attach { resume_generation: None, .. } => "attach",
+        Request::Attach { .. } => "resume",
+        Request::Detach { .. } => "detach",
+        Request::Read { .. } => "read",
+        Request::Write { fua: true, .. } => "write with FUA",
+        Request::Write { offset, data, .. } if cut(*offset, data.len() as u64) => "write of parts of sectors",
+        Request::Write { .. } => "write",
+        Request::Flush { .. } => "flush",
+        Request::Discard { .. } => "discard",
+        Request::WriteZeroes { .. } => "write zeroes",
+        Request::PriorityFetch { until: FetchUntil::Readable, .. } => "fetch until readable",
+        Request::PriorityFetch { until: FetchUntil::Resident, .. } => "fetch until resident",
+        Request::PriorityFetch { until: FetchUntil::Durable, .. } => "fetch until durable",
+        _ => "question",
     }
 }

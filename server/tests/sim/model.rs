@@ -25,6 +25,8 @@ pub struct Image {
 #[derive(Clone)]
 struct Entry {
     tag: Tag,
+    /// Which write this is: several may write zeroes.
+    op: u64,
     /// The write was answered with success: older values are gone for readers.
     acked: bool,
 }
@@ -34,13 +36,27 @@ struct Sector {
     log: Vec<Entry>,
     /// Nothing before this entry can come back.
     durable: usize,
-    busy: bool,
+    /// The write under way.
+    busy: Option<u64>,
+    /// A flush does not cover this value: it was written before a kill, unflushed, by a disk that failed a sync. Such a
+    /// disk may have dropped it and still show it, and no later sync of its brings it back. (Hosts that live on send what
+    /// they had not flushed again; the guests of this test do not.)
+    doubtful: Option<usize>,
 }
 
 impl Sector {
     fn current(&self) -> usize {
         self.log.iter().rposition(|entry| entry.acked).unwrap_or(0)
     }
+}
+
+/// What ended a life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    PowerCut,
+    Kill,
+    /// Some syncs may have failed before.
+    KillOnBadDisk,
 }
 
 /// Whether the server is known to have the volume.
@@ -71,6 +87,13 @@ pub struct VolumeModel {
     /// Reported as hydrated.
     pub hydrated: bool,
     sectors: Vec<Sector>,
+    next_op: u64,
+}
+
+/// A write under way.
+pub struct WriteStart {
+    op: u64,
+    range: std::ops::Range<usize>,
 }
 
 /// What a read that begins now may return.
@@ -84,7 +107,8 @@ pub struct FlushStart(Vec<usize>);
 
 impl VolumeModel {
     pub fn new(spec: VolumeSpec, image: Option<Rc<Image>>) -> VolumeModel {
-        let first = Sector { log: vec![Entry { tag: SNAPSHOT, acked: true }], durable: 0, busy: false };
+        let first =
+            Sector { log: vec![Entry { tag: SNAPSHOT, op: 0, acked: true }], durable: 0, busy: None, doubtful: None };
         VolumeModel {
             sectors: vec![first; (spec.size_bytes / BLOCK) as usize],
             spec,
@@ -97,25 +121,27 @@ impl VolumeModel {
             attaching: 0,
             fetched_durably: Vec::new(),
             hydrated: false,
+            next_op: 0,
         }
     }
 
     /// Takes a range for writing; `None` if another write has part of it.
-    pub fn begin_write(&mut self, offset: u64, len: u64, tag: Tag) -> Option<()> {
+    pub fn begin_write(&mut self, offset: u64, len: u64, tag: Tag) -> Option<WriteStart> {
         let range = sectors(offset, len);
-        if self.sectors[range.clone()].iter().any(|sector| sector.busy) {
+        if self.sectors[range.clone()].iter().any(|sector| sector.busy.is_some()) {
             return None;
         }
-        for sector in &mut self.sectors[range] {
-            sector.log.push(Entry { tag, acked: false });
-            sector.busy = true;
+        self.next_op += 1;
+        let op = self.next_op;
+        for sector in &mut self.sectors[range.clone()] {
+            sector.log.push(Entry { tag, op, acked: false });
+            sector.busy = Some(op);
         }
-        Some(())
+        Some(WriteStart { op, range })
     }
 
-    pub fn write_done(&mut self, offset: u64, len: u64, durable: bool) {
-        for sector in &mut self.sectors[sectors(offset, len)] {
-            sector.busy = false;
+    pub fn write_done(&mut self, write: &WriteStart, durable: bool) {
+        for sector in self.end_write(write) {
             sector.log.last_mut().expect("begun").acked = true;
             if durable {
                 sector.durable = sector.log.len() - 1;
@@ -124,20 +150,35 @@ impl VolumeModel {
     }
 
     /// The write failed: it may have happened in part.
-    pub fn write_failed(&mut self, offset: u64, len: u64) {
-        for sector in &mut self.sectors[sectors(offset, len)] {
-            sector.busy = false;
-        }
+    pub fn write_failed(&mut self, write: &WriteStart) {
+        self.end_write(write).for_each(drop);
     }
 
     /// The write was refused: it must not have happened.
-    pub fn write_refused(&mut self, offset: u64, len: u64) {
-        for sector in &mut self.sectors[sectors(offset, len)] {
-            sector.busy = false;
+    pub fn write_refused(&mut self, write: &WriteStart) {
+        self.end_write(write).for_each(drop);
+        for sector in &mut self.sectors[write.range.clone()] {
             // The value stays in the log while a read may be comparing positions, but as one that was always there.
-            let last = sector.log.len() - 1;
-            sector.log[last] = sector.log[last - 1].clone();
+            if let Some(at) = sector.log.iter().position(|entry| entry.op == write.op && entry.op > 0) {
+                sector.log[at] = Entry { op: 0, ..sector.log[at - 1].clone() };
+            }
         }
+    }
+
+    /// The sectors that were still this write's.
+    fn end_write(&mut self, write: &WriteStart) -> impl Iterator<Item = &mut Sector> {
+        let op = write.op;
+        let owned = self.sectors[write.range.clone()].iter_mut().filter(move |sector| sector.busy == Some(op));
+        owned.map(|sector| {
+            sector.busy = None;
+            sector
+        })
+    }
+
+    /// A host attached and was told so: whatever others had under way has happened or never will (P7). Its sectors are
+    /// free; if it were written after all, a later value would be overwritten.
+    pub fn fence_writes(&mut self) {
+        self.sectors.iter_mut().for_each(|sector| sector.busy = None);
     }
 
     pub fn begin_read(&self, offset: u64, len: u64) -> ReadStart {
@@ -157,13 +198,34 @@ impl VolumeModel {
         Ok(())
     }
 
+    /// What the file may hold in a sector at any moment: if the sector is resident, its value or one that is being
+    /// written; if not, guests see the snapshot, so that must be its value.
+    ///
+    /// # Errors
+    /// What it holds instead.
+    pub fn check_block(&self, index: usize, resident: bool, in_file: &[u8]) -> Result<(), String> {
+        let sector = &self.sectors[index];
+        let allowed = &sector.log[sector.current()..];
+        let mut snapshot = [0; BLOCK as usize];
+        self.value(index as u64, SNAPSHOT, &mut snapshot);
+        let seen = if resident { in_file } else { &snapshot };
+        match allowed.iter().any(|entry| self.value_is(index, entry.tag, seen)) {
+            true => Ok(()),
+            false => {
+                Err(self.complaint(if resident { "in its file" } else { "as not resident" }, index, seen, allowed))
+            }
+        }
+    }
+
     pub fn begin_flush(&self) -> FlushStart {
         FlushStart(self.sectors.iter().map(Sector::current).collect())
     }
 
     pub fn flush_done(&mut self, start: &FlushStart) {
         for (sector, covered) in self.sectors.iter_mut().zip(&start.0) {
-            sector.durable = sector.durable.max(*covered);
+            if sector.doubtful != Some(*covered) {
+                sector.durable = sector.durable.max(*covered);
+            }
         }
     }
 
@@ -172,17 +234,18 @@ impl VolumeModel {
     ///
     /// # Errors
     /// The first sector that holds what it never may.
-    pub fn settle(&mut self, found: &[u8], power_cut: bool) -> Result<(), String> {
+    pub fn settle(&mut self, found: &[u8], after: After) -> Result<(), String> {
         for (index, bytes) in found.chunks(BLOCK as usize).enumerate() {
             let sector = &self.sectors[index];
             let allowed = &sector.log[sector.durable..];
             let Some(entry) = allowed.iter().rev().find(|entry| self.value_is(index, entry.tag, bytes)) else {
                 return Err(self.complaint("after restart", index, bytes, allowed));
             };
-            let now = Entry { tag: entry.tag, acked: true };
-            let mut log = if power_cut { Vec::new() } else { allowed.to_vec() };
+            let now = Entry { tag: entry.tag, op: 0, acked: true };
+            let mut log = if after == After::PowerCut { Vec::new() } else { allowed.to_vec() };
             log.push(now);
-            self.sectors[index] = Sector { log, durable: 0, busy: false };
+            let doubtful = (after == After::KillOnBadDisk && log.len() > 2).then(|| log.len() - 1);
+            self.sectors[index] = Sector { log, durable: 0, busy: None, doubtful };
         }
         Ok(())
     }

@@ -22,6 +22,8 @@ use crate::model::Image;
 
 pub const CHUNK_BYTES: u32 = 64 << 10;
 pub const STORES: [&str; 2] = ["a", "b"];
+/// A fetch goes on for this long, whatever the deadline of the guests that wait for it.
+const FETCH_DEADLINE: Duration = Duration::from_secs(20);
 const JOURNAL: &str = "/node/journal";
 
 /// A snapshot in the object store and its content.
@@ -29,6 +31,46 @@ const JOURNAL: &str = "/node/journal";
 pub struct Snapshot {
     pub reference: SnapshotRef,
     pub image: Rc<Image>,
+}
+
+/// Makes a snapshot of a later state of an image: some chunks changed, the others still in the packs of `parent`.
+pub fn make_child(objects: &SimObjects, rng: &mut SimRng, name: &str, parent: &Snapshot) -> Snapshot {
+    let manifest = objects.peek(&manifest_key(&parent.reference.name)).expect("the parent's manifest");
+    let old = Manifest::decode(&manifest).expect("a valid manifest");
+    let id = u128::from(rng.next_u64()) << 64 | u128::from(rng.next_u64());
+    let mut bytes = parent.image.bytes.clone();
+    let mut pack = PackBuilder::new(id, 0);
+    let mut entries = Vec::new();
+    for (number, raw) in bytes.chunks_mut(CHUNK_BYTES as usize).enumerate() {
+        if rng.below(3) > 0 {
+            entries.push(match old.chunk(number as u32) {
+                ChunkEntry::Stored { pack: 0, offset, stored_len, encoding, digest } => {
+                    ChunkEntry::Stored { pack: 1, offset, stored_len, encoding, digest }
+                }
+                same => same,
+            });
+            continue;
+        }
+        rng.fill(raw);
+        let chunk = encode_chunk(raw, 1);
+        let offset = u64::from(pack.push(&chunk));
+        let stored_len = chunk.stored.len() as u32;
+        let (encoding, digest) = (chunk.encoding, chunk.digest);
+        entries.push(ChunkEntry::Stored { pack: 0, offset, stored_len, encoding, digest });
+    }
+    let info = SnapshotInfo {
+        id,
+        name: name.to_owned(),
+        size_bytes: bytes.len() as u64,
+        chunk_bytes: CHUNK_BYTES,
+        parent: Some(parent.reference.name.to_string()),
+        created_unix_ms: 0,
+    };
+    let packs = vec![pack_key(id, 0), old.pack_key(0).to_owned()];
+    let manifest = Manifest::new(info, packs, &entries).expect("a valid manifest");
+    objects.insert(&pack_key(id, 0), pack.finish());
+    objects.insert(&manifest_key(name), manifest.encode());
+    Snapshot { reference: SnapshotRef { name: Arc::from(name), id }, image: Rc::new(Image { bytes }) }
 }
 
 /// Makes a snapshot of random content: chunks that compress, that do not, that are zero, and doubles.
@@ -209,7 +251,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         stores: STORES.iter().map(|label| store(label)).collect(),
         cache_bytes: settings.cache_bytes,
         guest_deadline: settings.deadline,
-        retry: RetryPolicy { deadline: settings.deadline, ..RetryPolicy::default() },
+        retry: RetryPolicy { deadline: FETCH_DEADLINE, ..RetryPolicy::default() },
         fetch_limits: QueueLimits::default(),
     }
 }

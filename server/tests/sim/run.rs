@@ -7,14 +7,16 @@ use futures::future::join_all;
 use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{
-    CrashPoint, DiskOp, ObjectFaults, RunLimits, SimObjects, SimRng, SimStop, SimWorld,
+    CrashPoint, DiskOp, ObjectFaults, RunLimits, Sim, SimObjects, SimRng, SimStop, SimWorld,
 };
 use volley_server::shard::api::{Command, ConnectionId, Reply, Request};
-use volley_server::types::HydrationRate;
+use volley_server::types::{HydrationRate, VolumeSpec};
 
 use crate::guest::{Excuses, Guests, VolumeRc};
-use crate::model::{BLOCK, Existence};
-use crate::node::{self, Node, NodeSettings, make_directories, make_snapshot};
+use crate::inspector;
+use crate::model::{After, BLOCK, Existence};
+use crate::node::{self, Node, NodeSettings, make_child, make_directories, make_snapshot};
+use crate::report::Report;
 
 const LIVES: u64 = 4;
 const GUESTS: u64 = 6;
@@ -32,59 +34,89 @@ enum End {
     Stop,
 }
 
-struct Run {
+pub struct Run {
     seed: u64,
-    world: SimWorld,
-    objects: SimObjects,
-    guests: Rc<Guests>,
+    pub world: SimWorld,
+    pub objects: SimObjects,
+    pub guests: Rc<Guests>,
     rng: SimRng,
+    power_cuts: u64,
+    kills: u64,
+    /// Durable points before there was anything to lose.
+    pub set_up_syncs: u64,
+    diary: Diary,
 }
 
-/// Prints how to run a failed seed again.
-struct Announce(u64);
+/// What the lives of a run were like: told only if it fails, with the way to run it again.
+struct Diary {
+    seed: u64,
+    lives: Vec<String>,
+}
 
-impl Drop for Announce {
+impl Drop for Diary {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("failed: run it again with\n  VOLLEY_SIM_SEED={} cargo test -p volley-server --test sim", self.0);
+            eprintln!("{}", self.lives.join("\n"));
+            eprintln!(
+                "failed: run it again with\n  VOLLEY_SIM_SEED={} cargo test -p volley-server --test sim",
+                self.seed
+            );
         }
     }
 }
 
-/// Runs a seed; returns the hash of its events. Panics on the first violation.
-pub fn seed(seed: u64) -> u64 {
-    let _announce = Announce(seed);
+/// Runs a seed; returns the hash of its events and what it did. Panics on the first violation.
+pub fn seed(seed: u64) -> (u64, Report) {
     let mut run = Run::new(seed);
     for life in 0..LIVES {
         run.life(life);
     }
     run.final_life();
-    run.world.trace_hash()
+    (run.world.trace_hash(), run.report())
 }
 
 impl Run {
     fn new(seed: u64) -> Run {
+        Run::prepare(seed, None)
+    }
+
+    /// A machine with snapshots and nothing else; the power fails at durable point `crash` from here on.
+    pub fn prepare(seed: u64, crash: Option<(u64, CrashPoint)>) -> Run {
         let world = SimWorld::new(seed);
         let objects = SimObjects::new(&world);
         let mut rng = SimRng::stream(seed, "test");
         let sim = world.platform();
         world.block_on(async { make_directories(&sim).await.expect("no faults yet") });
-        let snapshots = (0..2).map(|i| {
-            let size = (1024 + rng.below(3000)) * BLOCK;
-            make_snapshot(&objects, &mut rng, &format!("image-{i}"), size)
-        });
-        let snapshots = snapshots.collect();
-        let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), snapshots));
-        Run { seed, world, objects, guests, rng }
+        world.crash_at_sync(crash.map(|(point, when)| (world.syncs() + point, when)));
+        let set_up_syncs = world.syncs();
+        let mut size = || (1024 + rng.below(3000)) * BLOCK;
+        let (first, other) = (size(), size());
+        let first = make_snapshot(&objects, &mut rng, "image-0", first);
+        let other = make_snapshot(&objects, &mut rng, "image-1", other);
+        let child = make_child(&objects, &mut rng, "image-2", &first);
+        let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child]));
+        let diary = Diary { seed, lives: Vec::new() };
+        Run { seed, world, objects, guests, rng, power_cuts: 0, kills: 0, set_up_syncs, diary }
+    }
+
+    pub fn report(&self) -> Report {
+        let mut happened = self.guests.happened.borrow().clone();
+        let stats = self.objects.stats();
+        happened.insert("GET".into(), stats.gets);
+        happened.insert("corrupt answer".into(), stats.corrupted);
+        happened.insert("failed answer".into(), stats.failed);
+        happened.insert("power cut".into(), self.power_cuts);
+        happened.insert("kill".into(), self.kills);
+        Report { seeds: 1, steps: self.world.steps(), syncs: self.world.syncs(), happened }
     }
 
     /// One life under faults, and the judgement of what it left behind.
     fn life(&mut self, life: u64) {
         let end = self.choose_end();
         let settings = self.choose_settings();
-        self.set_faults(life);
+        self.set_faults(life, settings.deadline < Duration::from_secs(1));
         self.world.note("life", &[life, settings.shards as u64]);
-        eprintln!("life {life}: {end:?}, {settings:?}, {:?}", self.guests.excuses.get());
+        self.diary.lives.push(format!("life {life}: {end:?}, {settings:?}, {:?}", self.guests.excuses.get()));
         match end {
             End::PowerCut { steps } | End::Kill { steps } => self.world.stop_after_steps(Some(steps)),
             End::PowerCutAtSync { syncs, point } => {
@@ -93,19 +125,31 @@ impl Run {
             End::Stop => {}
         }
         let stop = self.world.run_within(LIMITS, self.live(settings, matches!(end, End::Stop)));
+        self.world.on_step(None);
         self.world.stop_after_steps(None);
         self.world.crash_at_sync(None);
         match (&stop, end) {
-            (Ok(()), End::Kill { .. }) | (Err(SimStop::Stopped), End::Kill { .. }) => self.world.kill(),
-            (Ok(()), _) | (Err(SimStop::Stopped), _) => self.world.crash(),
-            (Err(SimStop::Crashed), _) => {}
+            (Ok(()), End::Kill { .. }) | (Err(SimStop::Stopped), End::Kill { .. }) => {
+                self.kills += 1;
+                self.world.kill();
+            }
+            (Ok(()), _) | (Err(SimStop::Stopped), _) => {
+                self.power_cuts += 1;
+                self.world.crash();
+            }
+            (Err(SimStop::Crashed), _) => self.power_cuts += 1,
             (Err(stop), _) => panic!("life {life} ({end:?}) hangs: {stop}\n{}", self.tail()),
         }
         self.world.heal_disk();
         self.world.set_disk_capacity(None);
         self.objects.set_faults(ObjectFaults::default());
-        self.guests.excuses.set(Excuses::default());
-        self.judge(life, !matches!(end, End::Kill { .. }));
+        let bad_disk = self.guests.excuses.take().disk;
+        let after = match end {
+            End::Kill { .. } if bad_disk => After::KillOnBadDisk,
+            End::Kill { .. } => After::Kill,
+            _ => After::PowerCut,
+        };
+        self.judge(&format!("life {life}"), after);
     }
 
     fn choose_end(&mut self) -> End {
@@ -125,15 +169,17 @@ impl Run {
             shards: 1 + self.rng.index(3),
             cache_bytes: [0, 256 << 10, 8 << 20][self.rng.index(3)],
             hydration_bandwidth: [None, Some(4 << 20), Some(256 << 10)][self.rng.index(3)],
-            ..NodeSettings::default()
+            deadline: [Duration::from_secs(20), Duration::from_secs(20), Duration::from_millis(30)][self.rng.index(3)],
         }
     }
 
-    fn set_faults(&mut self, life: u64) {
-        let mut excuses = Excuses::default();
+    fn set_faults(&mut self, life: u64, impatient: bool) {
+        // Guests that give up before the object store answers.
+        let mut excuses = Excuses { object_store: impatient, ..Excuses::default() };
         if self.rng.below(2) == 0 {
             excuses.object_store = true;
             let faults = ObjectFaults {
+                latency: Duration::from_micros(500)..Duration::from_millis([20, 20, 400][self.rng.index(3)]),
                 retry_ppm: [0, 50_000, 500_000][self.rng.index(3)],
                 corrupt_ppm: [0, 20_000, 300_000][self.rng.index(3)],
                 hang_ppm: [0, 0, 5_000][self.rng.index(3)],
@@ -155,6 +201,11 @@ impl Run {
             let path = ["/node/stores", "/node/journal", "/node"][self.rng.index(3)];
             self.world.fail_disk(path, op, 10_000);
         }
+        if self.rng.below(4) == 0 {
+            self.guests.count("slow disk");
+            let op = [DiskOp::Read, DiskOp::Write, DiskOp::Sync, DiskOp::Directory][self.rng.index(4)];
+            self.world.slow_disk("/node", op, Duration::from_millis(1)..Duration::from_millis(100));
+        }
         self.guests.excuses.set(excuses);
     }
 
@@ -169,6 +220,7 @@ impl Run {
                 return;
             }
         };
+        inspector::watch(&self.world, self.seed, &node, &self.guests);
         for _ in 0..2 {
             self.guests.create(&node).await;
         }
@@ -177,6 +229,7 @@ impl Run {
                 sim.sleep(Duration::from_millis(200)).await;
                 self.guests.stopping.set(true);
                 node.stop().await;
+                self.guests.count("clean stop");
             }
         };
         let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS));
@@ -184,17 +237,21 @@ impl Run {
     }
 
     /// Reads everything on a copy of the machine and compares it with the model; the machine itself is not touched.
-    fn judge(&mut self, life: u64, power_cut: bool) {
+    pub fn judge(&mut self, when: &str, after: After) {
         let fork = self.world.fork(self.seed ^ 0x5eed);
         let objects = self.objects.fork(&fork);
         let sim = fork.platform();
         let settings = NodeSettings { shards: 1 + self.rng.index(3), ..NodeSettings::default() };
         let volumes = self.guests.volumes.borrow().clone();
+        let guests = self.guests.clone();
         let judged = fork.run_within(LIMITS, async {
             let node = Node::start(&sim, &objects, settings).await.expect("a node starts after any crash");
+            for spec in &*guests.deleted.borrow() {
+                judge_deleted(&sim, &node, spec).await;
+            }
             let mut kept = Vec::new();
             for volume in volumes {
-                if judge_volume(&node, &volume, power_cut).await {
+                if judge_volume(&node, &volume, after).await {
                     kept.push(volume);
                 }
             }
@@ -202,18 +259,20 @@ impl Run {
         });
         match judged {
             Ok(kept) => *self.guests.volumes.borrow_mut() = kept,
-            Err(stop) => panic!("judging life {life}: {stop}"),
+            Err(stop) => panic!("judging {when}: {stop}"),
         }
+        assert_eq!(self.objects.stats().overlapping, 0, "{when}: a chunk was fetched twice at the same time");
     }
 
     /// Everything works: hydrate all, compare, stop, and compare the files.
-    fn final_life(&mut self) {
+    pub fn final_life(&mut self) {
         self.world.note("final life", &[]);
         let sim = self.world.platform();
         let settings = NodeSettings { shards: 1 + self.rng.index(3), ..NodeSettings::default() };
         self.guests.stopping.set(false);
         let done = self.world.run_within(LIMITS, async {
             let node = Rc::new(Node::start(&sim, &self.objects, settings).await.expect("a healthy node starts"));
+            inspector::watch(&self.world, self.seed, &node, &self.guests);
             let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS / 4));
             join_all(guests).await;
             let volumes = self.guests.volumes.borrow().clone();
@@ -223,6 +282,7 @@ impl Run {
             }
             node.stop().await;
         });
+        self.world.on_step(None);
         done.unwrap_or_else(|stop| panic!("final life: {stop}\n{}", self.tail()));
         self.world.crash();
         let states = node::recovered(&self.world).volumes;
@@ -230,7 +290,7 @@ impl Run {
             let mut volume = volume.borrow_mut();
             let mut bytes = self.world.file_bytes(&node::volume_path(&volume.spec)).expect("a volume file");
             bytes.truncate(volume.spec.size_bytes as usize);
-            volume.settle(&bytes, true).unwrap_or_else(|complaint| panic!("raw file: {complaint}"));
+            volume.settle(&bytes, After::PowerCut).unwrap_or_else(|complaint| panic!("raw file: {complaint}"));
             assert!(states.iter().any(|s| s.spec.id == volume.spec.id && s.hydrated), "hydrated for good");
         }
     }
@@ -240,8 +300,19 @@ impl Run {
     }
 }
 
+/// A deletion that was answered is for good, and its file is gone too.
+async fn judge_deleted(sim: &Sim, node: &Node, spec: &VolumeSpec) {
+    let name = spec.name.to_string();
+    let status = node.command(&name, |reply| Command::VolumeStatus { name: name.clone(), reply }).await;
+    assert_eq!(status.map(|_| ()).map_err(|e| e.status), Err(Status::UnknownVolume), "{name} was deleted and is back");
+    let file = node::volume_path(spec);
+    for path in [file.with_extension("deleted"), file] {
+        assert!(sim.peek(&path, 0, 1).is_err(), "{name} was deleted, but {} is there", path.display());
+    }
+}
+
 /// Whether the volume is there; if so its content is judged.
-async fn judge_volume(node: &Node, volume: &VolumeRc, power_cut: bool) -> bool {
+async fn judge_volume(node: &Node, volume: &VolumeRc, after: After) -> bool {
     let (name, existence) = (volume.borrow().spec.name.to_string(), volume.borrow().existence);
     let status = match node.command(&name, |reply| Command::VolumeStatus { name: name.clone(), reply }).await {
         Ok(status) => status,
@@ -256,8 +327,8 @@ async fn judge_volume(node: &Node, volume: &VolumeRc, power_cut: bool) -> bool {
     check_durable_fetches(node, volume).await;
     let bytes = read_bytes(node, volume).await;
     let mut volume = volume.borrow_mut();
-    volume.settle(&bytes, power_cut).unwrap_or_else(|complaint| panic!("{complaint}"));
-    if power_cut {
+    volume.settle(&bytes, after).unwrap_or_else(|complaint| panic!("{complaint}"));
+    if after == After::PowerCut {
         // After a mere kill what was found may rest on journal records that a power cut can still take.
         volume.existence = Existence::Sure;
     }

@@ -91,8 +91,11 @@ struct Trace {
     lines: Option<VecDeque<String>>,
 }
 
+type StepHook = Box<dyn FnMut()>;
+
 pub(super) struct Executor {
     state: RefCell<State>,
+    on_step: RefCell<Option<StepHook>>,
     ready: Arc<ReadyList>,
 }
 
@@ -135,7 +138,7 @@ impl Executor {
             stop_at_step: None,
             trace: Trace::default(),
         };
-        Rc::new(Executor { state: RefCell::new(state), ready: Arc::default() })
+        Rc::new(Executor { state: RefCell::new(state), on_step: RefCell::default(), ready: Arc::default() })
     }
 
     pub(super) fn now(&self) -> Time {
@@ -169,6 +172,10 @@ impl Executor {
 
     pub(super) fn stop_at_step(&self, step: Option<(u64, SimStop)>) {
         self.state.borrow_mut().stop_at_step = step;
+    }
+
+    pub(super) fn on_step(&self, hook: Option<StepHook>) {
+        *self.on_step.borrow_mut() = hook;
     }
 
     /// Folds an event into the trace.
@@ -256,6 +263,9 @@ impl Executor {
                 }
             } else {
                 self.step_task(id);
+            }
+            if let Some(hook) = &mut *self.on_step.borrow_mut() {
+                hook();
             }
         }
     }

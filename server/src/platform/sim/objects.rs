@@ -53,13 +53,38 @@ pub struct ObjectStats {
     pub failed: u64,
     /// Number of GETs of each key and byte range that were answered.
     pub ranges: BTreeMap<(String, u64, u64), u64>,
+    /// Ranged GETs begun while another one for some of the same bytes was under way.
+    pub overlapping: u64,
 }
 
 struct State {
     objects: BTreeMap<String, Rc<[u8]>>,
     faults: ObjectFaults,
     stats: ObjectStats,
+    /// Ranged GETs under way.
+    running: Vec<(String, Range<u64>)>,
     rng: SimRng,
+}
+
+/// A ranged GET under way, until it is answered or its caller is gone.
+struct RunningGet<'a>(&'a SimObjects, (String, Range<u64>));
+
+impl<'a> RunningGet<'a> {
+    fn begin(objects: &'a SimObjects, key: &str, range: Range<u64>) -> RunningGet<'a> {
+        let state = &mut *objects.state.borrow_mut();
+        let overlaps = |(k, r): &(String, Range<u64>)| k == key && r.start < range.end && range.start < r.end;
+        state.stats.overlapping += u64::from(state.running.iter().any(overlaps));
+        state.running.push((key.to_owned(), range.clone()));
+        RunningGet(objects, (key.to_owned(), range))
+    }
+}
+
+impl Drop for RunningGet<'_> {
+    fn drop(&mut self) {
+        let running = &mut self.0.state.borrow_mut().running;
+        let at = running.iter().position(|get| *get == self.1).expect("noted at the beginning");
+        running.swap_remove(at);
+    }
 }
 
 /// Clones are the same store.
@@ -77,6 +102,7 @@ impl SimObjects {
             objects: BTreeMap::new(),
             faults: ObjectFaults::default(),
             stats: ObjectStats::default(),
+            running: Vec::new(),
             rng: SimRng::stream(world.seed, "objects"),
         };
         SimObjects { executor: core.executor.clone(), state: Rc::new(RefCell::new(state)) }
@@ -184,6 +210,7 @@ impl ObjectStore for SimObjects {
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Vec<u8>, ObjectError> {
+        let _running = RunningGet::begin(self, key, range.clone());
         self.request("get_range", key).await?;
         self.answer(key, Some(range))
     }

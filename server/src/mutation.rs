@@ -1,0 +1,158 @@
+//! Deliberate bugs: the simulation must catch every one of them, or it proves nothing.
+//!
+//! Each [`Mutation`] stands at the place where the real bug would be, behind [`on`]. Without the cargo feature `mutations`
+//! (which nothing but the mutation check turns on) `on` is the constant `false` and the compiler drops the branch. With
+//! it, a test switches one mutation on for its own thread; no flag, file or request of a server can.
+
+/// A bug, named by what the code does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// The journal says that sectors are resident before their data is synced.
+    RecordBeforeData,
+    /// A flush syncs the data and forgets the residency map.
+    FlushSkipsMap,
+    /// A flush journals the map and forgets to sync the data.
+    FlushSkipsDatasync,
+    /// The first flush after a kill believes that what an earlier life wrote has reached the disk.
+    FirstFlushTrustsEarlierLife,
+    /// FUA is answered like any other write.
+    FuaIgnored,
+    /// The journal acknowledges what is only in its buffer.
+    CommitWithoutSync,
+    /// A durable priority fetch is answered when the chunk is resident.
+    DurableFetchNotSynced,
+    /// A fill writes the whole chunk, whatever of it the guest has written.
+    FillIgnoresSectors,
+    /// A fill decides which sectors to write before it has the chunk alone.
+    FillDecidesBeforeLock,
+    /// A fill does not take the chunk's lock.
+    FillWithoutLock,
+    /// A guest write is resident before its data is in the file.
+    ResidentBeforeWritten,
+    /// A discard marks sectors as zeroes without making them so.
+    ZeroWithoutPunch,
+    /// Write-zeroes of a part of a sector zeroes the whole.
+    ZeroRoundsOutward,
+    /// A zero chunk becomes resident whatever the file holds there.
+    ZeroFillTrustsFile,
+    /// A write to a part of a sector forgets the rest of it.
+    EdgeWithoutOldContent,
+    /// A fetch ends with its first caller.
+    FetchEndsWithCaller,
+    /// The same chunk is fetched again for every caller.
+    SingleFlightBroken,
+    /// A chunk's digest is not compared.
+    DigestNotChecked,
+    /// A fetch that failed is answered with zeroes.
+    FailedFetchIsZeroes,
+    /// Requests of an older generation are served.
+    StaleGenerationAccepted,
+    /// A connection that was replaced goes on writing.
+    OldConnectionAccepted,
+    /// A write that waited for its locks does not look again who is attached.
+    ClaimNotCheckedAgain,
+    /// An attach is answered while writes of the older host are on their way to the disk.
+    AttachOvertakesWrites,
+    /// A new generation is not made durable.
+    GenerationNotJournaled,
+    /// A deletion is not journaled.
+    DeletionNotJournaled,
+    /// A deletion is journaled before the file's new name is durable.
+    DeletionBeforeItsName,
+    /// The directory is not synced after a volume's file was made.
+    DirectoryNotSynced,
+    /// A checkpoint forgets volumes whose creation is being committed.
+    CheckpointForgetsCreating,
+    /// A checkpoint dumps residency whose data is not synced.
+    CheckpointDumpsUnsynced,
+    /// Records appended while a checkpoint runs are not in its segment.
+    CheckpointDropsAppends,
+    /// A batch that fails its checksum is replayed.
+    TornBatchAccepted,
+    /// A restart forgets the volumes of the last shard of an earlier life.
+    RestartLosesPartition,
+    /// The superblock takes its name before it is synced.
+    SuperblockNotSynced,
+}
+
+impl Mutation {
+    pub const ALL: [Mutation; 33] = {
+        use Mutation::*;
+        [
+            RecordBeforeData,
+            FlushSkipsMap,
+            FlushSkipsDatasync,
+            FirstFlushTrustsEarlierLife,
+            FuaIgnored,
+            CommitWithoutSync,
+            DurableFetchNotSynced,
+            FillIgnoresSectors,
+            FillDecidesBeforeLock,
+            FillWithoutLock,
+            ResidentBeforeWritten,
+            ZeroWithoutPunch,
+            ZeroRoundsOutward,
+            ZeroFillTrustsFile,
+            EdgeWithoutOldContent,
+            FetchEndsWithCaller,
+            SingleFlightBroken,
+            DigestNotChecked,
+            FailedFetchIsZeroes,
+            StaleGenerationAccepted,
+            OldConnectionAccepted,
+            ClaimNotCheckedAgain,
+            AttachOvertakesWrites,
+            GenerationNotJournaled,
+            DeletionNotJournaled,
+            DeletionBeforeItsName,
+            DirectoryNotSynced,
+            CheckpointForgetsCreating,
+            CheckpointDumpsUnsynced,
+            CheckpointDropsAppends,
+            TornBatchAccepted,
+            RestartLosesPartition,
+            SuperblockNotSynced,
+        ]
+    };
+}
+
+/// Whether the bug is switched on.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+#[must_use]
+pub const fn on(_: Mutation) -> bool {
+    false
+}
+
+#[cfg(feature = "mutations")]
+pub use switch::{on, with};
+
+#[cfg(feature = "mutations")]
+mod switch {
+    use std::cell::Cell;
+
+    use super::Mutation;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
+    }
+
+    /// Whether the bug is switched on in this thread.
+    #[must_use]
+    pub fn on(mutation: Mutation) -> bool {
+        ACTIVE.get() == Some(mutation)
+    }
+
+    /// Runs `f` with one bug switched on in this thread; off again also when `f` panics.
+    pub fn with<T>(mutation: Mutation, f: impl FnOnce() -> T) -> T {
+        struct Off;
+        impl Drop for Off {
+            fn drop(&mut self) {
+                ACTIVE.set(None);
+            }
+        }
+        ACTIVE.set(Some(mutation));
+        let _off = Off;
+        f()
+    }
+}
