@@ -125,7 +125,7 @@ pub const fn on(_: Mutation) -> bool {
 }
 
 #[cfg(feature = "mutations")]
-pub use switch::{on, with};
+pub use switch::{active, on, with};
 
 #[cfg(feature = "mutations")]
 mod switch {
@@ -137,10 +137,16 @@ mod switch {
         static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
     }
 
+    /// The bug that is switched on in this thread.
+    #[must_use]
+    pub fn active() -> Option<Mutation> {
+        ACTIVE.get()
+    }
+
     /// Whether the bug is switched on in this thread.
     #[must_use]
     pub fn on(mutation: Mutation) -> bool {
-        ACTIVE.get() == Some(mutation)
+        active() == Some(mutation)
     }
 
     /// Runs `f` with one bug switched on in this thread; off again also when `f` panics.

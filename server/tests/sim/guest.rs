@@ -2,10 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{join_all, select};
 use volley_server::error::{Error, Result, Status};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimRng};
@@ -13,9 +14,9 @@ use volley_server::shard::api::{Command, ConnectionId, FetchUntil, Reply, Reques
 use volley_server::types::{HydrationRate, VolumeId, VolumeSpec};
 
 use crate::model::{BLOCK, Existence, Tag, VolumeModel, WriteStart, ZEROES};
-use crate::node::{CHUNK_BYTES, Node, Snapshot, volume_spec};
+use crate::node::{CHUNK_BYTES, Node, Snapshot};
 
-const VOLUMES_MAX: usize = 8;
+const SCATTERED_WRITES: usize = 30;
 
 pub type VolumeRc = Rc<RefCell<VolumeModel>>;
 
@@ -33,9 +34,9 @@ pub struct Guests {
     /// Volumes whose deletion was answered: they never come back.
     pub deleted: RefCell<Vec<VolumeSpec>>,
     pub snapshots: Vec<Snapshot>,
-    rng: RefCell<SimRng>,
+    pub(crate) rng: RefCell<SimRng>,
     next_tag: Cell<Tag>,
-    next_name: Cell<u32>,
+    pub(crate) next_name: Cell<u32>,
     pub excuses: Cell<Excuses>,
     pub stopping: Cell<bool>,
     /// What happened how often, to see that the runs reach everything.
@@ -43,18 +44,18 @@ pub struct Guests {
 }
 
 /// A request's view of its volume at its start.
-struct Session {
-    model: VolumeRc,
-    id: VolumeId,
-    generation: u64,
-    connection: ConnectionId,
-    attach_changes: u64,
+pub(crate) struct Session {
+    pub(crate) model: VolumeRc,
+    pub(crate) id: VolumeId,
+    pub(crate) generation: u64,
+    pub(crate) connection: ConnectionId,
+    pub(crate) attach_changes: u64,
     /// An attach or detach was under way at the start.
-    contested: bool,
+    pub(crate) contested: bool,
 }
 
 impl Session {
-    fn of(model: &VolumeRc) -> Session {
+    pub(crate) fn of(model: &VolumeRc) -> Session {
         let volume = model.borrow();
         Session {
             id: volume.spec.id,
@@ -86,7 +87,7 @@ impl Guests {
         *self.happened.borrow_mut().entry(what.into()).or_default() += 1;
     }
 
-    fn below(&self, bound: u64) -> u64 {
+    pub(crate) fn below(&self, bound: u64) -> u64 {
         self.rng.borrow_mut().below(bound)
     }
 
@@ -100,23 +101,44 @@ impl Guests {
                 let pause = Duration::from_micros(self.below(20_000));
                 sim.sleep(pause).await;
             }
-            self.any_request(&node).await;
+            self.any_request(&sim, &node).await;
         }
     }
 
-    async fn any_request(&self, node: &Node) {
+    async fn any_request(&self, sim: &Sim, node: &Node) {
         if self.below(60) == 0 {
-            return self.create(node).await;
+            // Often a checkpoint comes into the middle of it.
+            let pause = Duration::from_micros(self.below(3000));
+            let checkpoint = async {
+                sim.sleep(pause).await;
+                if self.below(2) == 0 {
+                    join_all(node.shards.iter().map(|shard| shard.checkpoint_now())).await;
+                }
+            };
+            futures::join!(self.create_some(node), checkpoint);
+            return;
+        }
+        if self.below(30) == 0 {
+            if let Some(session) = self.session(node).await {
+                self.take_over(sim, node, &session).await;
+            }
+            return;
+        }
+        if self.below(30) == 0 {
+            if let Some(session) = self.session(node).await {
+                self.leave_early(sim, node, &session).await;
+            }
+            return;
         }
         if self.below(60) == 0 {
             self.count("checkpoint");
             return node.shards[self.below(node.shards.len() as u64) as usize].checkpoint_now().await;
         }
-        let dice = self.below(100);
+        let dice = self.below(102);
         self.request(node, dice).await;
     }
 
-    /// The request that a throw of a hundred-sided die asks for.
+    /// The request that a throw of the die asks for.
     pub async fn request(&self, node: &Node, dice: u64) {
         let Some(session) = self.session(node).await else { return };
         match dice {
@@ -132,7 +154,8 @@ impl Guests {
             95..97 => self.bad_range(node, &session).await,
             97..98 => self.set_rate(node, &session).await,
             98..99 => self.resume(node, &session).await,
-            _ => self.delete(node, &session).await,
+            99 => self.delete(node, &session).await,
+            _ => self.scatter(node).await,
         }
     }
 
@@ -155,7 +178,7 @@ impl Guests {
         Some(Session::of(&model))
     }
 
-    async fn send(&self, node: &Node, from: ConnectionId, request: Request) -> Result<Reply> {
+    pub(crate) async fn send(&self, node: &Node, from: ConnectionId, request: Request) -> Result<Reply> {
         let shard = self.below(node.shards.len() as u64) as usize;
         let kind = kind(&request);
         let reply = node.request(shard, from, request).await;
@@ -167,7 +190,7 @@ impl Guests {
     }
 
     /// Panics unless this life has an excuse for the error.
-    fn excuse(&self, session: &Session, what: &str, error: &Error) {
+    pub(crate) fn excuse(&self, session: &Session, what: &str, error: &Error) {
         let excuses = self.excuses.get();
         let volume = session.model.borrow();
         let excused = match error.status {
@@ -215,7 +238,7 @@ impl Guests {
         }
     }
 
-    fn new_connection(&self) -> ConnectionId {
+    pub(crate) fn new_connection(&self) -> ConnectionId {
         ConnectionId(u64::from(self.new_tag()))
     }
 
@@ -225,7 +248,11 @@ impl Guests {
     }
 
     async fn read(&self, node: &Node, session: &Session) {
-        let (offset, len) = self.range(&session.model.borrow());
+        let range = self.range(&session.model.borrow());
+        self.read_from(node, session, range).await;
+    }
+
+    async fn read_from(&self, node: &Node, session: &Session, (offset, len): (u64, u64)) {
         let start = session.model.borrow().begin_read(offset, len);
         let (volume, generation, len) = (session.id, session.generation, len as u32);
         match self.send(node, session.connection, Request::Read { volume, generation, offset, len }).await {
@@ -239,7 +266,68 @@ impl Guests {
     }
 
     async fn write(&self, node: &Node, session: &Session) {
+        let range = self.range(&session.model.borrow());
+        self.write_to(node, session, range).await;
+    }
+
+    /// Single sectors all over every volume, then flushes together: residency that takes more than one disk sector of the
+    /// journal to write down.
+    async fn scatter(&self, node: &Node) {
+        self.count("scatter");
+        let volumes = self.volumes.borrow().clone();
+        let attached = volumes.iter().filter(|volume| volume.borrow().attached).map(Session::of);
+        let scattered = attached.map(|session| async move {
+            let sectors = session.model.borrow().spec.size_bytes / 4096;
+            let offsets: Vec<u64> = (0..SCATTERED_WRITES).map(|_| self.below(sectors) * 4096).collect();
+            let writes = offsets.iter().map(|offset| self.write_to(node, &session, (*offset, 4096)));
+            join_all(writes).await;
+            session
+        });
+        let sessions = join_all(scattered).await;
+        join_all(sessions.iter().map(|session| self.flush(node, session))).await;
+    }
+
+    /// Another host attaches while writes are under way, one behind the other, and writes the same place: what the old
+    /// host sent must not come after it.
+    async fn take_over(&self, sim: &Sim, node: &Node, session: &Session) {
+        self.count("take over");
         let (offset, len) = self.range(&session.model.borrow());
+        let first = BLOCK.min(len);
+        let pause = Duration::from_micros(self.below(1000));
+        let newcomer = async {
+            sim.sleep(pause).await;
+            self.attach(node, &session.model).await;
+            let session = Session::of(&session.model);
+            if session.model.borrow().attached {
+                self.write_to(node, &session, (offset, len)).await;
+                self.read_from(node, &session, (offset, len)).await;
+            }
+        };
+        let old_head = self.write_to(node, session, (offset, first));
+        let old_rest = self.write_to(node, session, (offset + first, len - first));
+        futures::join!(old_head, old_rest, newcomer);
+    }
+
+    /// A reader that goes away before its answer, and another one that wants the same and stays.
+    async fn leave_early(&self, sim: &Sim, node: &Node, session: &Session) {
+        self.count("left early");
+        let range = self.range(&session.model.borrow());
+        let (patience, delay) = (self.below(20_000), self.below(5_000));
+        let leaver = async {
+            let (read, patience) = (self.read_from(node, session, range), sim.sleep(Duration::from_micros(patience)));
+            drop(select(pin!(read), pin!(patience)).await);
+        };
+        let stayer = async {
+            sim.sleep(Duration::from_micros(delay)).await;
+            self.read_from(node, session, range).await;
+        };
+        futures::join!(leaver, stayer);
+    }
+
+    async fn write_to(&self, node: &Node, session: &Session, (offset, len): (u64, u64)) {
+        if len == 0 {
+            return;
+        }
         let tag = self.new_tag();
         let fua = self.below(5) == 0;
         let Some(write) = session.model.borrow_mut().begin_write(offset, len, tag) else { return };
@@ -288,7 +376,7 @@ impl Guests {
         self.end_write(session, &zeroing, fua, "write-zeroes or discard", reply);
     }
 
-    async fn flush(&self, node: &Node, session: &Session) {
+    pub(crate) async fn flush(&self, node: &Node, session: &Session) {
         let start = session.model.borrow().begin_flush();
         let (volume, generation) = (session.id, session.generation);
         match self.send(node, session.connection, Request::Flush { volume, generation }).await {
@@ -322,93 +410,6 @@ impl Guests {
             Ok(other) => panic!("residency was answered with {other:?}"),
             Err(error) => self.excuse(session, "residency", &error),
         }
-    }
-
-    /// A fresh attach: everyone before it is fenced.
-    async fn attach(&self, node: &Node, model: &VolumeRc) {
-        model.borrow_mut().attach_changes += 1;
-        let session = Session::of(model);
-        let name = model.borrow().spec.name.to_string();
-        model.borrow_mut().attaching += 1;
-        let connection = self.new_connection();
-        let reply = self.send(node, connection, Request::Attach { name, resume_generation: None }).await;
-        model.borrow_mut().attaching -= 1;
-        match reply {
-            Ok(Reply::Attached(info)) => {
-                let mut volume = model.borrow_mut();
-                assert_eq!((info.volume, info.size_bytes), (volume.spec.id, volume.spec.size_bytes));
-                // Another attach may have been answered meanwhile, but never with the same generation.
-                assert_ne!(info.generation, volume.generation, "a generation was handed out twice");
-                let newest = info.generation > volume.generation;
-                assert!(newest || volume.attach_changes != session.attach_changes, "a generation went back");
-                if newest {
-                    volume.generation = info.generation;
-                    volume.connection = connection;
-                    volume.attached = true;
-                    if volume.attach_changes == session.attach_changes {
-                        volume.fence_writes();
-                    }
-                }
-                volume.attach_changes += 1;
-            }
-            Ok(other) => panic!("an attach was answered with {other:?}"),
-            Err(error) => {
-                // Older generations may be fenced all the same: attach again before the next request.
-                model.borrow_mut().attached = false;
-                model.borrow_mut().attach_changes += 1;
-                self.excuse(&session, "attach", &error);
-            }
-        }
-    }
-
-    /// A reconnect of the same host: the old connection can do nothing any more.
-    async fn resume(&self, node: &Node, session: &Session) {
-        if session.model.borrow().attaching > 0 {
-            return;
-        }
-        session.model.borrow_mut().attach_changes += 1;
-        let name = session.model.borrow().spec.name.to_string();
-        let session = Session::of(&session.model);
-        session.model.borrow_mut().attaching += 1;
-        let connection = self.new_connection();
-        let resume_generation = Some(session.generation);
-        let reply = self.send(node, connection, Request::Attach { name, resume_generation }).await;
-        session.model.borrow_mut().attaching -= 1;
-        match reply {
-            Ok(Reply::Attached(info)) => {
-                assert_eq!(info.generation, session.generation);
-                let mut volume = session.model.borrow_mut();
-                if volume.generation == info.generation {
-                    volume.connection = connection;
-                    if volume.attach_changes == session.attach_changes {
-                        volume.fence_writes();
-                    }
-                }
-                drop(volume);
-                session.model.borrow_mut().attach_changes += 1;
-            }
-            Ok(other) => panic!("an attach was answered with {other:?}"),
-            Err(error) => {
-                session.model.borrow_mut().attached = false;
-                session.model.borrow_mut().attach_changes += 1;
-                self.excuse(&session, "resume", &error);
-            }
-        }
-    }
-
-    async fn detach(&self, node: &Node, session: &Session) {
-        session.model.borrow_mut().attach_changes += 1;
-        session.model.borrow_mut().attached = false;
-        let session = Session::of(&session.model);
-        session.model.borrow_mut().attaching += 1;
-        let reply = self
-            .send(node, session.connection, Request::Detach { volume: session.id, generation: session.generation })
-            .await;
-        session.model.borrow_mut().attaching -= 1;
-        if let Err(error) = reply {
-            self.excuse(&session, "detach", &error);
-        }
-        session.model.borrow_mut().attach_changes += 1;
     }
 
     /// P7: neither a host that was fenced nor a connection that was replaced can write.
@@ -445,68 +446,6 @@ impl Guests {
         let make = |reply| Command::SetRate { name: name.clone(), rate, reply };
         if let Err(error) = node.command(&name, make).await {
             self.excuse(session, "set rate", &error);
-        }
-    }
-
-    /// One request that creates up to four volumes, all of one shard.
-    pub async fn create(&self, node: &Node) {
-        let room = VOLUMES_MAX.saturating_sub(self.volumes.borrow().len());
-        let count = room.min(1 + self.below(4) as usize);
-        let owner = |spec: &VolumeSpec| spec.id.owner(node.shards.len());
-        let mut specs: Vec<VolumeSpec> = Vec::new();
-        let mut models = Vec::new();
-        while specs.len() < count {
-            let (spec, image) = self.new_spec();
-            if specs.first().is_none_or(|first| owner(first) == owner(&spec)) {
-                models.push(Rc::new(RefCell::new(VolumeModel::new(spec.clone(), image))));
-                specs.push(spec);
-            }
-        }
-        let Some(first) = specs.first() else { return };
-        let name = first.name.clone();
-        self.volumes.borrow_mut().extend(models.iter().cloned());
-        match node.command(&name, |reply| Command::CreateVolumes { specs, reply }).await {
-            Ok(()) => {
-                for model in models {
-                    self.count(if model.borrow().image.is_some() { "create" } else { "create blank" });
-                    model.borrow_mut().existence = Existence::Sure;
-                }
-            }
-            // A failed commit may have become durable nevertheless: they stay maybes until the next life.
-            Err(error) => self.excuse(&Session::of(&models[0]), "create", &error),
-        }
-    }
-
-    /// A volume as large as its snapshot, or larger, or blank.
-    fn new_spec(&self) -> (VolumeSpec, Option<Rc<crate::model::Image>>) {
-        let name = format!("vm-{}", self.next_name.replace(self.next_name.get() + 1));
-        let snapshot = &self.snapshots[self.below(self.snapshots.len() as u64) as usize];
-        let rng = &mut *self.rng.borrow_mut();
-        let blocks = snapshot.image.bytes.len() as u64 / BLOCK;
-        match rng.below(6) {
-            0 => (volume_spec(rng, &name, (200 + blocks / 4) * BLOCK, None), None),
-            1 => {
-                let blocks = blocks + 1 + rng.below(300);
-                (volume_spec(rng, &name, blocks * BLOCK, Some(snapshot)), Some(snapshot.image.clone()))
-            }
-            _ => (volume_spec(rng, &name, blocks * BLOCK, Some(snapshot)), Some(snapshot.image.clone())),
-        }
-    }
-
-    async fn delete(&self, node: &Node, session: &Session) {
-        if self.volumes.borrow().len() < 3 || self.below(3) > 0 {
-            return;
-        }
-        let name: Arc<str> = session.model.borrow().spec.name.clone();
-        session.model.borrow_mut().existence = Existence::Leaving;
-        let make = |reply| Command::DeleteVolume { name: name.to_string(), force: true, reply };
-        match node.command(&name, make).await {
-            Ok(()) => {
-                self.count("delete");
-                self.deleted.borrow_mut().push(session.model.borrow().spec.clone());
-                self.volumes.borrow_mut().retain(|v| !Rc::ptr_eq(v, &session.model));
-            }
-            Err(error) => self.excuse(session, "delete", &error),
         }
     }
 }

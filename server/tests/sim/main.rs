@@ -1,11 +1,12 @@
 //! The real shards and journals on the simulator: random guests, faults, crashes at any step, and a model that knows
 //! every value a sector may hold. docs/simulation.md describes all of it.
 //!
-//! A failing seed prints the command that runs it again. `VOLLEY_SIM_SEED=n` runs one seed; `VOLLEY_SIM_SECONDS=n` runs
-//! fresh seeds for so long (tools/sim does).
+//! A failing seed prints the command that runs it again. tools/sim runs one seed (`VOLLEY_SIM_SEED`), or fresh seeds for
+//! `VOLLEY_SIM_SECONDS` from `VOLLEY_SIM_START` in `VOLLEY_SIM_JOBS` threads; with `VOLLEY_SIM_JSON` it reports in JSON.
 
 mod guest;
 mod inspector;
+mod lifecycle;
 mod model;
 #[cfg(feature = "mutations")]
 mod mutations;
@@ -14,6 +15,8 @@ mod points;
 mod report;
 mod run;
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use report::Report;
@@ -24,13 +27,13 @@ use volley_server::platform::glommio::kernel_random_u64;
 const REGRESSIONS: [u64; 5] = [101, 114, 173, 186, 193];
 /// How long fresh seeds run where nobody says.
 const FRESH_SECONDS: u64 = 5;
+/// Fresh seeds tell how far they are so often.
+const PROGRESS: Duration = Duration::from_secs(10);
 
 fn run_seeds(what: &str, seeds: impl Iterator<Item = u64>) -> Report {
     let mut report = Report::default();
-    for seed in seeds {
-        report.add(&run::seed(seed).1);
-    }
-    println!("simulation, {what}: {report}");
+    seeds.for_each(|seed| report.add(&run::seed(seed).1));
+    report.print(what);
     report
 }
 
@@ -43,17 +46,17 @@ fn fixed(seeds: std::ops::Range<u64>) {
 
 #[test]
 fn guests_see_only_what_they_may_in_every_life_1() {
-    fixed(0..20);
+    fixed(0..60);
 }
 
 #[test]
 fn guests_see_only_what_they_may_in_every_life_2() {
-    fixed(20..40);
+    fixed(60..120);
 }
 
 #[test]
 fn guests_see_only_what_they_may_in_every_life_3() {
-    fixed(40..60);
+    fixed(120..180);
 }
 
 #[test]
@@ -64,7 +67,7 @@ fn seeds_that_found_bugs_stay_green() {
     }
 }
 
-/// Seeds nobody has seen, until the time is over.
+/// Seeds nobody has seen, until the time is over or one fails.
 #[test]
 fn fresh_seeds() {
     if number("VOLLEY_SIM_SEED").is_some() {
@@ -74,18 +77,53 @@ fn fresh_seeds() {
     let limit = Duration::from_secs(number("VOLLEY_SIM_SECONDS").unwrap_or(FRESH_SECONDS));
     #[expect(clippy::disallowed_methods, reason = "the real clock ends a run, no simulated one")]
     let begun = Instant::now();
-    let seeds = (first..).take_while(|_| begun.elapsed() < limit);
-    run_seeds(&format!("fresh seeds from {first}"), seeds);
+    let (next, failed) = (AtomicU64::new(first), AtomicBool::new(false));
+    let report = Mutex::new((Report::default(), PROGRESS));
+    let work = || {
+        let _failing = SetWhilePanicking(&failed);
+        while begun.elapsed() < limit && !failed.load(Ordering::Relaxed) {
+            let done = run::seed(next.fetch_add(1, Ordering::Relaxed)).1;
+            let (report, tell_at) = &mut *report.lock().expect("nobody panics with it");
+            report.add(&done);
+            if begun.elapsed() > *tell_at {
+                *tell_at += PROGRESS;
+                eprintln!("{} of {} s: {}", begun.elapsed().as_secs(), limit.as_secs(), report.headline());
+            }
+        }
+    };
+    std::thread::scope(|threads| {
+        (0..number("VOLLEY_SIM_JOBS").unwrap_or(1)).for_each(|_| drop(threads.spawn(work)));
+    });
+    report.into_inner().expect("nobody panicked with it").0.print(&format!("fresh seeds from {first}"));
+}
+
+/// Sets its flag if its thread panics.
+struct SetWhilePanicking<'a>(&'a AtomicBool);
+
+impl Drop for SetWhilePanicking<'_> {
+    fn drop(&mut self) {
+        self.0.store(std::thread::panicking(), Ordering::Relaxed);
+    }
 }
 
 #[test]
 fn every_durable_point_of_writes_and_flushes() {
-    println!("simulation, crash points: {}", points::every_durable_point(&points::WRITES_AND_FLUSHES));
+    points::every_durable_point(&points::WRITES_AND_FLUSHES).print("crash points of writes and flushes");
 }
 
 #[test]
 fn every_durable_point_of_holes_and_fetches() {
-    println!("simulation, crash points: {}", points::every_durable_point(&points::HOLES_AND_FETCHES));
+    points::every_durable_point(&points::HOLES_AND_FETCHES).print("crash points of holes and fetches");
+}
+
+#[test]
+fn every_durable_point_of_fragments() {
+    points::every_durable_point(&points::FRAGMENTS).print("crash points of fragments");
+}
+
+#[test]
+fn every_durable_point_of_batches() {
+    points::every_durable_point(&points::BATCHES).print("crash points of batches");
 }
 
 #[test]

@@ -22,7 +22,7 @@ fn caught(mutation: Mutation) -> Option<(String, String)> {
             return Some((format!("{} seeds", seed + 1), text));
         }
     }
-    for scenario in [&points::WRITES_AND_FLUSHES, &points::HOLES_AND_FETCHES] {
+    for scenario in [&points::BATCHES, &points::FRAGMENTS, &points::WRITES_AND_FLUSHES, &points::HOLES_AND_FETCHES] {
         if let Some(text) = complaint(&|| drop(points::every_durable_point(scenario))) {
             return Some(("crash points".to_owned(), text));
         }

@@ -9,7 +9,7 @@ use volley_server::error::{Result, Status};
 use volley_server::journal::{Journal, Recovered, commit_epoch, recover};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimObjects, SimRng, SimWorld};
-use volley_server::shard::api::{Command, ConnectionId, Handler, Reply, ReplyTo, Request};
+use volley_server::shard::api::{Command, ConnectionId, Handler, Reply, ReplyTo, Request, VolumeStatus};
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
 use volley_server::snapshot::{
@@ -219,6 +219,17 @@ impl Node {
         let stopping = || volley_server::error::Error::new(Status::ShuttingDown, "the shard is gone");
         self.commands[owner].send_async(make(reply)).await.map_err(|_| stopping())?;
         answer.recv_async().await.map_err(|_| stopping())?
+    }
+
+    /// Every volume that is there.
+    pub async fn volumes(&self) -> Vec<VolumeStatus> {
+        let mut all = Vec::new();
+        for commands in &self.commands {
+            let (reply, answer) = flume::bounded(1);
+            commands.send_async(Command::ListVolumes { reply }).await.expect("the shard is there");
+            all.extend(answer.recv_async().await.expect("the shard answers"));
+        }
+        all
     }
 
     /// Stops every shard in good order.

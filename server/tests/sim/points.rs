@@ -1,14 +1,15 @@
 //! The crash test in two passes: a scenario is run once to count its durable points, then again for each of them, with
 //! the power cut right before and right after it. Everything is judged each time.
 
+use std::ops::Range;
 use std::rc::Rc;
 
-use volley_server::platform::sim::{CrashPoint, RunLimits, SimStop};
+use volley_server::platform::sim::{CrashPoint, SimStop};
 
 use crate::model::After;
 use crate::node::{Node, NodeSettings};
 use crate::report::Report;
-use crate::run::Run;
+use crate::run::{LIMITS, Run};
 
 /// Throws of the guests' die: each is one kind of request (see `Guests::request`).
 const READ: u64 = 0;
@@ -22,60 +23,95 @@ const DETACH: u64 = 90;
 const RATE: u64 = 97;
 const RESUME: u64 = 98;
 const DELETE: u64 = 99;
+const SCATTER: u64 = 100;
 
 /// A life: requests in order, on a node of so many shards, ended by a clean stop.
 struct Life {
     shards: usize,
-    volumes: usize,
+    /// How many volumes each request to create some creates.
+    creates: &'static [usize],
     requests: &'static [u64],
 }
 
-/// What a scenario is and the seed of its ranges and contents.
+/// What a scenario is and the seeds of its ranges, its contents and what its crashes keep.
 pub struct Scenario {
-    seed: u64,
+    /// As in the test's name.
+    name: &'static str,
+    seeds: Range<u64>,
     lives: &'static [Life],
 }
 
 /// Guests that write and flush; volumes that hydrate; a restart with more shards; deletion.
 pub const WRITES_AND_FLUSHES: Scenario = Scenario {
-    seed: 1001,
+    name: "writes_and_flushes",
+    seeds: 1001..1002,
     lives: &[
         Life {
             shards: 1,
-            volumes: 2,
+            creates: &[2, 4],
             requests: &[WRITE, WRITE, FLUSH, WRITE, READ, WRITE, FLUSH, ATTACH, WRITE, FLUSH, FETCH, WRITE, DETACH],
         },
-        Life { shards: 3, volumes: 1, requests: &[WRITE, READ, FLUSH, RESUME, WRITE, FLUSH, DELETE, DELETE, DELETE] },
-        Life { shards: 2, volumes: 0, requests: &[WRITE, FLUSH, READ] },
+        Life {
+            shards: 3,
+            creates: &[1],
+            requests: &[WRITE, READ, FLUSH, RESUME, WRITE, FLUSH, DELETE, DELETE, DELETE],
+        },
+        Life { shards: 2, creates: &[], requests: &[WRITE, FLUSH, READ] },
     ],
 };
 
 /// Holes, fetches of all kinds and changes of the rate.
 pub const HOLES_AND_FETCHES: Scenario = Scenario {
-    seed: 1002,
+    name: "holes_and_fetches",
+    seeds: 1002..1003,
     lives: &[
         Life {
             shards: 2,
-            volumes: 3,
+            creates: &[3, 3],
             requests: &[DISCARD, FETCH, FETCH, FLUSH, ZERO, WRITE, FETCH, DISCARD, FLUSH, RATE, FETCH, FETCH, ZERO],
         },
-        Life { shards: 1, volumes: 0, requests: &[FETCH, DISCARD, FLUSH, READ, DELETE, DELETE, DELETE, WRITE, FLUSH] },
+        Life {
+            shards: 1,
+            creates: &[],
+            requests: &[FETCH, DISCARD, FLUSH, READ, DELETE, DELETE, DELETE, WRITE, FLUSH],
+        },
     ],
 };
 
-const LIMITS: RunLimits = RunLimits { steps: 5_000_000, virtual_time: std::time::Duration::from_secs(3600) };
+/// Flushes whose journal records span several disk sectors, each of which a crash may tear.
+pub const FRAGMENTS: Scenario = Scenario {
+    name: "fragments",
+    seeds: 1003..1004,
+    lives: &[
+        Life {
+            shards: 1,
+            creates: &[4, 3],
+            requests: &[FLUSH, FLUSH, FLUSH, FLUSH, FLUSH, FLUSH, SCATTER, SCATTER, SCATTER, SCATTER, SCATTER],
+        },
+        Life { shards: 2, creates: &[], requests: &[SCATTER, SCATTER, DISCARD, SCATTER] },
+    ],
+};
 
-/// Runs both passes; returns how many crash points there were.
+/// Many volumes at once: journal batches of several records over several disk sectors.
+pub const BATCHES: Scenario =
+    Scenario { name: "batches", seeds: 1004..1020, lives: &[Life { shards: 1, creates: &[8], requests: &[] }] };
+
+/// Runs both passes for every seed; returns how many crash points there were.
 pub fn every_durable_point(scenario: &Scenario) -> Report {
     let mut report = Report::default();
-    let (mut whole, end) = pass(scenario, None);
+    scenario.seeds.clone().for_each(|seed| both_passes(scenario, seed, &mut report));
+    report
+}
+
+fn both_passes(scenario: &Scenario, seed: u64, report: &mut Report) {
+    let (mut whole, end) = pass(scenario, seed, None);
     assert_eq!(end, Ok(()), "the first pass runs to its end");
     let points = whole.world.syncs() - whole.set_up_syncs;
     whole.world.crash();
     whole.judge("the whole scenario", After::PowerCut);
     for point in 1..=points {
         for when in [CrashPoint::Before, CrashPoint::After] {
-            let (mut run, end) = pass(scenario, Some((point, when)));
+            let (mut run, end) = pass(scenario, seed, Some((point, when)));
             assert_eq!(end, Err(SimStop::Crashed), "{when:?} durable point {point} of {points}");
             run.judge(&format!("{when:?} durable point {point} of {points}"), After::PowerCut);
             run.final_life();
@@ -84,12 +120,12 @@ pub fn every_durable_point(scenario: &Scenario) -> Report {
             report.add(&done);
         }
     }
-    report
 }
 
 /// One run of the scenario up to a crash point.
-fn pass(scenario: &Scenario, crash: Option<(u64, CrashPoint)>) -> (Run, Result<(), SimStop>) {
-    let run = Run::prepare(scenario.seed, crash);
+fn pass(scenario: &Scenario, seed: u64, crash: Option<(u64, CrashPoint)>) -> (Run, Result<(), SimStop>) {
+    let replay = format!("cargo test -p volley-server --test sim every_durable_point_of_{}", scenario.name);
+    let run = Run::prepare(seed, crash, replay);
     for life in scenario.lives {
         let ended = run.world.run_within(LIMITS, live(&run, life));
         run.world.on_step(None);
@@ -106,8 +142,8 @@ async fn live(run: &Run, life: &Life) {
     let node = Node::start(&run.world.platform(), &run.objects, settings).await.expect("nothing fails here");
     let node = Rc::new(node);
     crate::inspector::watch(&run.world, 1, &node, &run.guests);
-    for _ in 0..life.volumes {
-        run.guests.create(&node).await;
+    for count in life.creates {
+        run.guests.create(&node, *count).await;
     }
     for dice in life.requests {
         run.guests.request(&node, *dice).await;

@@ -32,6 +32,9 @@ const MUST_HAPPEN: &[&str] = &[
     "create blank",
     "delete",
     "checkpoint",
+    "scatter",
+    "take over",
+    "left early",
     "clean stop",
     "power cut",
     "kill",
@@ -61,6 +64,32 @@ impl Report {
         self.happened.get(what).copied().unwrap_or_default()
     }
 
+    fn crash_points(&self) -> u64 {
+        self.count("power cut") + self.count("kill")
+    }
+
+    pub fn headline(&self) -> String {
+        let Report { seeds, steps, syncs, .. } = self;
+        format!("{seeds} seeds, {steps} steps, {} crash points, {syncs} durable points", self.crash_points())
+    }
+
+    /// One line for people, or one JSON object with `VOLLEY_SIM_JSON`.
+    pub fn print(&self, what: &str) {
+        if std::env::var_os("VOLLEY_SIM_JSON").is_none() {
+            return println!("simulation, {what}: {self}");
+        }
+        let Report { seeds, steps, syncs, happened } = self;
+        let object = serde_json::json!({
+            "what": what,
+            "seeds": seeds,
+            "steps": steps,
+            "crash_points": self.crash_points(),
+            "durable_points": syncs,
+            "happened": happened,
+        });
+        println!("{object}");
+    }
+
     pub fn assert_everything_happened(&self) {
         let missing: Vec<_> = MUST_HAPPEN.iter().filter(|what| self.count(what) == 0).collect();
         assert!(missing.is_empty(), "never happened in {self}: {missing:?}");
@@ -69,9 +98,7 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { seeds, steps, syncs, happened } = self;
-        let crashes = self.count("power cut") + self.count("kill");
-        write!(f, "{seeds} seeds, {steps} steps, {crashes} crash points, {syncs} durable points;")?;
-        happened.iter().try_for_each(|(what, count)| write!(f, " {what} {count};"))
+        write!(f, "{};", self.headline())?;
+        self.happened.iter().try_for_each(|(what, count)| write!(f, " {what} {count};"))
     }
 }

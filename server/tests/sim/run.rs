@@ -23,7 +23,8 @@ const GUESTS: u64 = 6;
 const REQUESTS: u64 = 40;
 /// The connection of the judge: no guest has this one.
 const JUDGE: ConnectionId = ConnectionId(u64::MAX);
-const LIMITS: RunLimits = RunLimits { steps: 5_000_000, virtual_time: Duration::from_secs(3600) };
+/// A hundred times what the longest life takes: beyond, it hangs.
+pub const LIMITS: RunLimits = RunLimits { steps: 300_000, virtual_time: Duration::from_secs(3600) };
 
 /// How a life ends.
 #[derive(Clone, Copy, Debug)]
@@ -49,18 +50,24 @@ pub struct Run {
 
 /// What the lives of a run were like: told only if it fails, with the way to run it again.
 struct Diary {
-    seed: u64,
+    /// The command that runs it again.
+    replay: String,
     lives: Vec<String>,
+}
+
+fn under_mutation() -> String {
+    #[cfg(feature = "mutations")]
+    if let Some(mutation) = volley_server::mutation::active() {
+        return format!(" under mutation {mutation:?}");
+    }
+    String::new()
 }
 
 impl Drop for Diary {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("{}", self.lives.join("\n"));
-            eprintln!(
-                "failed: run it again with\n  VOLLEY_SIM_SEED={} cargo test -p volley-server --test sim",
-                self.seed
-            );
+            eprintln!("failed{}: run it again with\n  {}", under_mutation(), self.replay);
         }
     }
 }
@@ -77,11 +84,12 @@ pub fn seed(seed: u64) -> (u64, Report) {
 
 impl Run {
     fn new(seed: u64) -> Run {
-        Run::prepare(seed, None)
+        Run::prepare(seed, None, format!("tools/sim --seed {seed}"))
     }
 
-    /// A machine with snapshots and nothing else; the power fails at durable point `crash` from here on.
-    pub fn prepare(seed: u64, crash: Option<(u64, CrashPoint)>) -> Run {
+    /// A machine with snapshots and nothing else; the power fails at durable point `crash` from here on. `replay` is the
+    /// command that runs it again.
+    pub fn prepare(seed: u64, crash: Option<(u64, CrashPoint)>, replay: String) -> Run {
         let world = SimWorld::new(seed);
         let objects = SimObjects::new(&world);
         let mut rng = SimRng::stream(seed, "test");
@@ -95,7 +103,7 @@ impl Run {
         let other = make_snapshot(&objects, &mut rng, "image-1", other);
         let child = make_child(&objects, &mut rng, "image-2", &first);
         let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child]));
-        let diary = Diary { seed, lives: Vec::new() };
+        let diary = Diary { replay, lives: Vec::new() };
         Run { seed, world, objects, guests, rng, power_cuts: 0, kills: 0, set_up_syncs, diary }
     }
 
@@ -201,10 +209,11 @@ impl Run {
             let path = ["/node/stores", "/node/journal", "/node"][self.rng.index(3)];
             self.world.fail_disk(path, op, 10_000);
         }
-        if self.rng.below(4) == 0 {
+        if self.rng.below(2) == 0 {
             self.guests.count("slow disk");
             let op = [DiskOp::Read, DiskOp::Write, DiskOp::Sync, DiskOp::Directory][self.rng.index(4)];
-            self.world.slow_disk("/node", op, Duration::from_millis(1)..Duration::from_millis(100));
+            let path = ["/node", "/node/stores"][self.rng.index(2)];
+            self.world.slow_disk(path, op, Duration::from_millis(1)..Duration::from_millis(100));
         }
         self.guests.excuses.set(excuses);
     }
@@ -221,8 +230,11 @@ impl Run {
             }
         };
         inspector::watch(&self.world, self.seed, &node, &self.guests);
+        if self.seed.is_multiple_of(2) {
+            self.guests.flush_all(&node).await;
+        }
         for _ in 0..2 {
-            self.guests.create(&node).await;
+            self.guests.create_some(&node).await;
         }
         let stopper = async {
             if stop {
@@ -246,6 +258,7 @@ impl Run {
         let guests = self.guests.clone();
         let judged = fork.run_within(LIMITS, async {
             let node = Node::start(&sim, &objects, settings).await.expect("a node starts after any crash");
+            judge_names(&node, &guests).await;
             for spec in &*guests.deleted.borrow() {
                 judge_deleted(&sim, &node, spec).await;
             }
@@ -297,6 +310,17 @@ impl Run {
 
     fn tail(&self) -> String {
         self.world.trace_lines().join("\n")
+    }
+}
+
+/// Every volume that is there was asked for, by that name.
+async fn judge_names(node: &Node, guests: &Guests) {
+    for status in node.volumes().await {
+        let asked_for = guests.volumes.borrow().iter().any(|volume| {
+            let volume = volume.borrow();
+            volume.spec.name.as_ref() == status.name && volume.spec.size_bytes == status.size_bytes
+        });
+        assert!(asked_for, "nobody created this: {status:?}");
     }
 }
 

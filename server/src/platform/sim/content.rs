@@ -93,9 +93,15 @@ impl Content {
     }
 
     /// Applies a change as an interrupted disk would: all, nothing, or a random part of it.
+    /// The length of the file is metadata with a fate of its own: it may be there without the bytes.
     pub(super) fn apply_torn(&mut self, change: &Change, rng: &mut SimRng) {
         let keep_ppm = [0, 1_000_000, 500_000, 900_000][rng.index(4)];
         self.apply_some(change, |_| rng.chance(keep_ppm));
+        if let Change::Write { offset, data } = change
+            && rng.coin()
+        {
+            self.len = self.len.max(offset + data.len() as u64);
+        }
     }
 
     /// Damages one byte in place, as a failing medium does.
