@@ -25,8 +25,8 @@ pub const OUTPUT_BUFFER_KEPT_BYTES: usize = 256 << 10;
 pub const FLUSH_REPLIES_MAX: Duration = Duration::from_secs(1);
 
 /// How long a start waits for an address in use: the kernel lets go of the sockets of a server that was killed a moment
-/// after its end, because it ends io_uring's requests on them in the background.
-pub const BIND_WAIT_MAX: Duration = Duration::from_secs(2);
+/// after its end, because it ends io_uring's requests on them in the background. On a busy machine that took over 2 s.
+pub const BIND_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// After an accept that failed (no descriptors left, mostly) the listener waits before it tries again.
 pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);

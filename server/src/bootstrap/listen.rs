@@ -59,16 +59,21 @@ impl Bound {
 /// # Errors
 /// One line that names the address and what is wrong with it.
 pub(super) fn bind(listen: &ListenAddr, shards: usize) -> Result<Vec<Bound>> {
+    bind_within(BIND_WAIT_MAX, listen, shards)
+}
+
+/// Waits at most `patience` for an address that is in use.
+fn bind_within(patience: Duration, listen: &ListenAddr, shards: usize) -> Result<Vec<Bound>> {
     match listen {
-        ListenAddr::Tcp { host, port } => (0..shards).map(|shard| bind_tcp(host, *port, shard)).collect(),
+        ListenAddr::Tcp { host, port } => (0..shards).map(|shard| bind_tcp(patience, host, *port, shard)).collect(),
         ListenAddr::Unix(path) => {
             let path = std::path::absolute(path).map_err(|e| Error::from_io(&path.display().to_string(), &e))?;
-            (0..shards).map(|shard| claim_unix(shard_path(&path, shard))).collect()
+            (0..shards).map(|shard| claim_unix(patience, shard_path(&path, shard))).collect()
         }
     }
 }
 
-fn bind_tcp(host: &str, first_port: u16, shard: usize) -> Result<Bound> {
+fn bind_tcp(patience: Duration, host: &str, first_port: u16, shard: usize) -> Result<Bound> {
     let port = match first_port {
         0 => Some(0),
         first => u16::try_from(shard).ok().and_then(|shard| first.checked_add(shard)),
@@ -83,18 +88,18 @@ fn bind_tcp(host: &str, first_port: u16, shard: usize) -> Result<Bound> {
     let address = (host, port).to_socket_addrs().map_err(|e| cannot_listen(&name, &e))?.next();
     let address = address.ok_or_else(|| Error::new(Status::Invalid, format!("{host:?} has no address")))?;
     // The standard listener sets SO_REUSEADDR (a restart does not wait for old connections) and not SO_REUSEPORT.
-    let listener = patiently(|| TcpListener::bind(address)).map_err(|e| cannot_listen(&name, &e))?;
+    let listener = patiently(patience, || TcpListener::bind(address)).map_err(|e| cannot_listen(&name, &e))?;
     let address = listener.local_addr().map_err(|e| cannot_listen(&name, &e))?;
     Ok(Bound::Tcp(listener, address))
 }
 
 /// Tries again while the address is in use: the kernel may close the sockets of a server that was killed a moment ago
 /// only after its process has ended.
-fn patiently<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
+fn patiently<T>(patience: Duration, attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
     let since = Instant::now();
     loop {
         match attempt() {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && since.elapsed() < BIND_WAIT_MAX => {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && since.elapsed() < patience => {
                 std::thread::sleep(BIND_RETRY);
             }
             other => return other,
@@ -102,9 +107,12 @@ fn patiently<T>(attempt: impl Fn() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// `AddrInUse` while somebody listens on the socket, else why nobody does.
-fn connects(path: &Path) -> io::Result<()> {
-    UnixStream::connect(path).and_then(|_| Err(io::ErrorKind::AddrInUse.into()))
+/// Why nobody listens on the socket; `AddrInUse` while somebody does.
+fn why_not_in_use(path: &Path) -> io::Result<io::Error> {
+    match UnixStream::connect(path) {
+        Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
+        Err(error) => Ok(error),
+    }
 }
 
 /// `path` for shard 0, `path.k` for shard k.
@@ -116,7 +124,7 @@ fn shard_path(path: &Path, shard: usize) -> PathBuf {
 }
 
 /// Makes sure that a socket path can be bound: a socket that a killed server left behind is removed.
-fn claim_unix(path: PathBuf) -> Result<Bound> {
+fn claim_unix(patience: Duration, path: PathBuf) -> Result<Bound> {
     let name = format!("unix:{}", path.display());
     let metadata = match std::fs::symlink_metadata(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Bound::Unix(path)),
@@ -126,14 +134,12 @@ fn claim_unix(path: PathBuf) -> Result<Bound> {
         let message = format!("can't listen on {name}: the path exists and is no socket: choose another --listen");
         return Err(Error::new(Status::Conflict, message));
     }
-    match patiently(|| connects(&path)) {
-        Ok(()) => Ok(Bound::Unix(path)),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(&path).map_err(|e| cannot_listen(&name, &e))?;
-            Ok(Bound::Unix(path))
-        }
-        Err(error) => Err(cannot_listen(&name, &error)),
+    let refused = patiently(patience, || why_not_in_use(&path)).map_err(|e| cannot_listen(&name, &e))?;
+    if refused.kind() != io::ErrorKind::ConnectionRefused {
+        return Err(cannot_listen(&name, &refused));
     }
+    std::fs::remove_file(&path).map_err(|e| cannot_listen(&name, &e))?;
+    Ok(Bound::Unix(path))
 }
 
 fn cannot_listen(name: &str, error: &io::Error) -> Error {
@@ -150,9 +156,15 @@ fn cannot_listen(name: &str, error: &io::Error) -> Error {
 mod tests {
     use std::net::TcpListener;
     use std::os::unix::net::UnixListener;
+    use std::time::Duration;
 
-    use super::{Bound, bind};
+    use super::{Bound, bind_within};
     use crate::config::ListenAddr;
+    use crate::error::Result;
+
+    fn bind(listen: &ListenAddr, shards: usize) -> Result<Vec<Bound>> {
+        bind_within(Duration::ZERO, listen, shards)
+    }
 
     fn tcp(port: u16) -> ListenAddr {
         ListenAddr::Tcp { host: "127.0.0.1".into(), port }

@@ -315,7 +315,7 @@ impl Guests {
         let (patience, delay) = (self.below(20_000), self.below(5_000));
         let leaver = async {
             let (read, patience) = (self.read_from(node, session, range), sim.sleep(Duration::from_micros(patience)));
-            drop(select(pin!(read), pin!(patience)).await);
+            select(pin!(read), pin!(patience)).await;
         };
         let stayer = async {
             sim.sleep(Duration::from_micros(delay)).await;

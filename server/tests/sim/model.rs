@@ -168,11 +168,8 @@ impl VolumeModel {
     /// The sectors that were still this write's.
     fn end_write(&mut self, write: &WriteStart) -> impl Iterator<Item = &mut Sector> {
         let op = write.op;
-        let owned = self.sectors[write.range.clone()].iter_mut().filter(move |sector| sector.busy == Some(op));
-        owned.map(|sector| {
-            sector.busy = None;
-            sector
-        })
+        let owned = self.sectors[write.range.clone()].iter_mut();
+        owned.filter_map(move |sector| sector.busy.take_if(|busy| *busy == op).map(|_| sector))
     }
 
     /// A host attached and was told so: whatever others had under way has happened or never will (P7). Its sectors are

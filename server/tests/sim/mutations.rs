@@ -19,7 +19,7 @@ fn caught(mutation: Mutation) -> Option<(String, String)> {
     };
     for seed in 0..SEEDS_MAX {
         if let Some(text) = complaint(&|| drop(run::seed(seed))) {
-            return Some((format!("{} seeds", seed + 1), text));
+            return Some((format!("seed {seed}"), text));
         }
     }
     for scenario in [&points::BATCHES, &points::FRAGMENTS, &points::WRITES_AND_FLUSHES, &points::HOLES_AND_FETCHES] {

@@ -259,7 +259,8 @@ impl Run {
         let judged = fork.run_within(LIMITS, async {
             let node = Node::start(&sim, &objects, settings).await.expect("a node starts after any crash");
             judge_names(&node, &guests).await;
-            for spec in &*guests.deleted.borrow() {
+            let deleted = guests.deleted.borrow().clone();
+            for spec in &deleted {
                 judge_deleted(&sim, &node, spec).await;
             }
             let mut kept = Vec::new();

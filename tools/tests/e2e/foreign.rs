@@ -179,7 +179,8 @@ pub(crate) fn volume_file(site: &Site, id: &str) -> String {
     find(&site.data(), id).unwrap_or_else(|| panic!("no file of volume {id} under {}", site.data().display()))
 }
 
-fn find(dir: &Path, id: &str) -> Option<String> {
+/// A file below `dir` whose name holds `id`.
+pub(crate) fn find(dir: &Path, id: &str) -> Option<String> {
     for entry in std::fs::read_dir(dir).expect("list the data folder") {
         let entry = entry.expect("folder entry");
         let path = entry.path();

@@ -39,11 +39,21 @@ pub(crate) struct NodeOptions {
     pub(crate) listen: Option<String>,
     /// A shell line run before the server in its own mount namespace (root only).
     pub(crate) prepare: Option<String>,
+    /// Process in whose mount namespace the server runs (root only).
+    pub(crate) namespace: Option<u32>,
 }
 
 impl Default for NodeOptions {
     fn default() -> NodeOptions {
-        NodeOptions { cores: 2, config: String::new(), default_rate: "none", data: None, listen: None, prepare: None }
+        NodeOptions {
+            cores: 2,
+            config: String::new(),
+            default_rate: "none",
+            data: None,
+            listen: None,
+            prepare: None,
+            namespace: None,
+        }
     }
 }
 
@@ -119,9 +129,14 @@ impl Site {
         args.extend(["--listen".into(), options.listen.clone().unwrap_or_else(|| self.data_address())]);
         args.extend(["--http".into(), "127.0.0.1:0".into()]);
         args.extend(["--cores".into(), options.cores.to_string()]);
-        let mut command = match &options.prepare {
-            None => Command::new(&args[0]),
-            Some(line) => {
+        let mut command = match (&options.prepare, options.namespace) {
+            (None, None) => Command::new(&args[0]),
+            (None, Some(pid)) => {
+                let mut enter = Command::new("nsenter");
+                enter.args([&format!("--mount=/proc/{pid}/ns/mnt"), &args[0]]);
+                enter
+            }
+            (Some(line), _) => {
                 let mut shell = Command::new("unshare");
                 shell.args(["--mount", "--propagation", "private", "sh", "-ec"]);
                 shell.args([&format!("{line}; exec \"$0\" \"$@\""), &args[0]]);
@@ -208,6 +223,10 @@ impl Node {
         self.process.kill();
     }
 
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
     /// SIGTERM, and how the process ended.
     pub(crate) fn stop(mut self) -> (ExitStatus, Duration) {
         let begun = Instant::now();
@@ -225,6 +244,20 @@ impl Agent {
     /// The volume as a QEMU `-drive file=`.
     pub(crate) fn qemu_file(&self, volume: &str) -> String {
         format!("nbd:unix:{}:exportname={volume}", self.socket.display())
+    }
+
+    /// The unix socket that serves NBD.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.socket.clone()
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// `kill -9`.
+    pub(crate) fn kill(mut self) {
+        self.process.kill();
     }
 
     /// SIGTERM, and how the process ended.

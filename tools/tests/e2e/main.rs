@@ -13,3 +13,4 @@ mod harness;
 mod image_file;
 mod images;
 mod lifecycle;
+mod torture;

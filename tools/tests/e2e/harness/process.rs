@@ -54,10 +54,14 @@ impl Process {
 
     /// SIGTERM; panics if the process is still there after `limit`.
     pub(crate) fn terminate(&mut self, limit: Duration) -> ExitStatus {
+        self.signal(libc::SIGTERM);
+        self.wait(limit)
+    }
+
+    pub(crate) fn signal(&self, signal: libc::c_int) {
         let pid = libc::pid_t::try_from(self.child.id()).expect("pid");
         // SAFETY: kill only sends a signal; the child is not reaped yet, so the pid is still its own.
-        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "SIGTERM");
-        self.wait(limit)
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "signal {signal}");
     }
 
     /// How the process ended; panics if it is still there after `limit`.
