@@ -13,7 +13,8 @@ use crate::types::{
 /// One durable fact about a volume. Facts are idempotent: replaying one again changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
-    /// The volume exists, with nothing resident and generation 0. Changes nothing if the volume is known.
+    /// The volume exists, with generation 0 and nothing resident (without a snapshot: everything). Changes nothing if the
+    /// volume is known.
     Created(VolumeSpec),
     Deleted(VolumeId),
     /// An attach handed out this generation. Generations only grow.

@@ -51,8 +51,11 @@ impl Replay {
                 self.volumes.insert(spec.id, Volume { spec, generation, hydrated, chunks: BTreeMap::new() });
             }
             Entry::Created(spec) => {
-                let blank = |spec| Volume { spec, generation: 0, hydrated: false, chunks: BTreeMap::new() };
-                self.volumes.entry(spec.id).or_insert_with(|| blank(spec));
+                // Without a snapshot nothing is to be fetched: all of it is resident, as zeroes. A `Hydrated` that
+                // follows may be in the next batch, which a crash may have taken.
+                let hydrated = spec.snapshot.is_none();
+                let fresh = |spec| Volume { spec, generation: 0, hydrated, chunks: BTreeMap::new() };
+                self.volumes.entry(spec.id).or_insert_with(|| fresh(spec));
             }
             Entry::Deleted(volume) => drop(self.volumes.remove(&volume)),
             Entry::Generation { volume, generation } => {

@@ -80,7 +80,8 @@ impl Model {
     pub(super) fn change(&mut self, change: &Change) -> Option<Record> {
         match *change {
             Change::Create(id) => {
-                let fresh = Volume { spec: spec(id), generation: 0, hydrated: false, sectors: BTreeSet::new() };
+                let hydrated = spec(id).snapshot.is_none();
+                let fresh = Volume { spec: spec(id), generation: 0, hydrated, sectors: BTreeSet::new() };
                 self.volumes.entry(id).or_insert(fresh);
                 Some(Record::Created(spec(id)))
             }

@@ -24,6 +24,17 @@ fn make(model: &mut Model, log: &mut Vec<Vec<u8>>, changes: &[Change]) {
     }
 }
 
+/// Its second record may be in a batch that a crash took: a blank volume has nothing to fetch all the same.
+#[test]
+fn a_created_volume_without_snapshot_is_hydrated() {
+    for (index, blank) in [(0, true), (1, false), (3, true)] {
+        let mut log = Vec::new();
+        record::encode(&super::super::Record::Created(spec(index)), &mut |bytes| log.push(bytes.to_vec()));
+        let states = replayed(&log).finish();
+        assert_eq!((states[0].spec.snapshot.is_none(), states[0].hydrated), (blank, blank));
+    }
+}
+
 fn changes() -> impl Strategy<Value = Vec<Change>> {
     prop::collection::vec(change(), 0..25)
 }
