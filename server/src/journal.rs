@@ -12,6 +12,7 @@ mod batches;
 mod checkpoint;
 mod current;
 mod frame;
+mod inspect;
 mod record;
 mod recovery;
 mod replay;
@@ -34,8 +35,9 @@ use crate::types::VolumeState;
 use batches::{Batch, Batches};
 pub use current::commit_epoch;
 use frame::SegmentName;
+pub use inspect::{Inspection, inspect};
 pub use record::Record;
-pub use recovery::{FileReport, Recovered, recover};
+pub use recovery::{FileReport, Recovered, recover, recover_existing};
 use segment::{BatchError, Segment};
 
 /// A checkpoint is not worth its writes before the log has this many bytes: reading them takes some 20 ms.
@@ -43,6 +45,12 @@ pub const CHECKPOINT_LOG_BYTES_MIN: u64 = 16 << 20;
 /// Nor before the log is this many times the last checkpoint: a checkpoint then costs at most half of what the log did,
 /// and recovery reads at most three times the state.
 pub const CHECKPOINT_LOG_FACTOR: u64 = 2;
+/// At this many times the length at which a checkpoint is due, commits wait for the checkpoint: whatever is written
+/// while one runs, a journal never takes more of the disk than docs/journal.md says.
+pub const LOG_FULL_FACTOR: u64 = 2;
+/// Records that may wait for their commit. A healthy disk writes them in some 10 ms; while it fails, [`Journal::admit`]
+/// refuses more.
+pub const PENDING_BYTES_MAX: usize = 8 << 20;
 
 /// Position in the journal: everything appended up to it. Later appends have larger ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -79,11 +87,16 @@ struct State<P: Platform> {
     next: Option<Batches>,
     appended: Lsn,
     durable: Lsn,
-    /// Length of the segment when it became the live one.
-    checkpoint_bytes: u64,
+    /// Bytes of records given to `next`.
+    next_bytes: u64,
+    /// What the last checkpoint took for the states of the volumes alone.
+    state_bytes: u64,
     log_bytes: u64,
     /// A failed checkpoint is not due again before the log has this many bytes.
     checkpoint_retry_log_bytes: u64,
+    /// The log is full and a commit waits: a checkpoint is due whatever happened to the one before.
+    checkpoint_demanded: bool,
+    checkpoint_calls: Vec<oneshot::Sender<()>>,
 }
 
 enum Health {
@@ -119,7 +132,7 @@ impl<P: Platform> Journal<P> {
         let segment = checkpoint::create_first(platform, dir, name, initial).await?;
         let state = State {
             name,
-            checkpoint_bytes: segment.end,
+            state_bytes: segment.end,
             segment: Some(segment),
             health: Health::Live,
             busy: false,
@@ -127,26 +140,46 @@ impl<P: Platform> Journal<P> {
             waiters: Vec::new(),
             pending: Batches::default(),
             next: None,
+            next_bytes: 0,
             appended: Lsn(0),
             durable: Lsn(0),
             log_bytes: 0,
             checkpoint_retry_log_bytes: 0,
+            checkpoint_demanded: false,
+            checkpoint_calls: Vec::new(),
         };
         let inner = Inner { platform: platform.clone(), dir: dir.to_owned(), state: RefCell::new(state) };
         Ok(Journal { inner: Rc::new(inner) })
+    }
+
+    /// Waits until there is room for more records. Called before [`Journal::append`] by whoever may wait; what is
+    /// appended without it must be bounded by what was admitted before.
+    ///
+    /// # Errors
+    /// Those of [`Journal::commit`], when the records that fill the buffer can't be written.
+    pub async fn admit(&self) -> Result<()> {
+        let appended = {
+            let state = self.inner.state.borrow();
+            if state.pending.bytes() < PENDING_BYTES_MAX {
+                return Ok(());
+            }
+            state.appended
+        };
+        self.commit(appended).await
     }
 
     /// Buffers a record; never waits and never fails. It is durable when [`Journal::commit`] of the returned position
     /// returns. The facts it states must be durable in the volume files already.
     pub fn append(&self, record: &Record) -> Lsn {
         let mut state = self.inner.state.borrow_mut();
-        let State { pending, next, appended, .. } = &mut *state;
+        let State { pending, next, next_bytes, appended, .. } = &mut *state;
         let mut any = false;
         record::encode(record, &mut |bytes| {
             any = true;
             pending.push(bytes);
             if let Some(next) = next.as_mut().filter(|_| !mutation::on(Mutation::CheckpointDropsAppends)) {
                 next.push(bytes);
+                *next_bytes += bytes.len() as u64;
             }
         });
         if any {
@@ -159,11 +192,11 @@ impl<P: Platform> Journal<P> {
         *appended
     }
 
-    /// Returns when everything up to `lsn` is durable.
+    /// Returns when everything up to `lsn` is durable. Waits for a checkpoint when the log is full.
     ///
     /// # Errors
-    /// `NoSpace` or `Io` when a batch could not be written: its records are kept, and the next commit writes them again.
-    /// `Io` naming the stage once a sync has failed: the journal is poisoned until the node restarts. `ShuttingDown`
+    /// `NoSpace` or `Io` when a batch, or the checkpoint of a full log, could not be written: the records are kept, and
+    /// the next commit writes them again. `Io` naming the stage once a sync has failed: the journal is poisoned until the node restarts. `ShuttingDown`
     /// after [`Journal::close`].
     pub async fn commit(&self, lsn: Lsn) -> Result<()> {
         let waiting = {
@@ -175,19 +208,21 @@ impl<P: Platform> Journal<P> {
             state.check_live()?;
             let (done, waiting) = oneshot::channel();
             state.waiters.push(Waiter { lsn, done });
+            state.call_for_checkpoint();
             waiting
         };
         self.inner.start_commit_task();
         waiting.await.unwrap_or_else(|_| Err(closed_error()))
     }
 
-    /// Bytes of records appended and not yet durable; grows while commits fail.
+    /// Bytes of records appended and not yet durable. While commits fail it grows up to [`PENDING_BYTES_MAX`] and what
+    /// was appended without [`Journal::admit`].
     #[must_use]
     pub fn pending_bytes(&self) -> usize {
         self.inner.state.borrow().pending.bytes()
     }
 
-    /// Bytes of batches written since the last checkpoint.
+    /// Bytes written since the last checkpoint was begun, less its states.
     #[must_use]
     pub fn log_bytes(&self) -> u64 {
         self.inner.state.borrow().log_bytes
@@ -196,10 +231,23 @@ impl<P: Platform> Journal<P> {
     /// The log has grown enough for a checkpoint to pay, and none is running.
     #[must_use]
     pub fn checkpoint_due(&self) -> bool {
-        let state = self.inner.state.borrow();
-        let limit = CHECKPOINT_LOG_BYTES_MIN.max(CHECKPOINT_LOG_FACTOR.saturating_mul(state.checkpoint_bytes));
-        let live = matches!(state.health, Health::Live) && state.next.is_none();
-        live && state.log_bytes > limit.max(state.checkpoint_retry_log_bytes)
+        self.inner.state.borrow().checkpoint_due()
+    }
+
+    /// Returns when a checkpoint is due. Commits of a full log wait for it, so somebody must always listen.
+    pub async fn checkpoint_wanted(&self) {
+        let call = {
+            let mut state = self.inner.state.borrow_mut();
+            if state.checkpoint_due() {
+                return;
+            }
+            let (sender, call) = oneshot::channel();
+            state.checkpoint_calls.retain(|call| !call.is_canceled());
+            state.checkpoint_calls.push(sender);
+            call
+        };
+        // The sender goes away with the journal only.
+        let _ = call.await;
     }
 
     /// Writes a new segment that starts with the state of every volume, and drops the old one. `next` gives one volume
@@ -302,8 +350,36 @@ impl<P: Platform> State<P> {
         self.fail_waiters(error);
     }
 
+    /// Length of the log at which a checkpoint is due.
+    fn log_limit(&self) -> u64 {
+        CHECKPOINT_LOG_BYTES_MIN.max(CHECKPOINT_LOG_FACTOR.saturating_mul(self.state_bytes))
+    }
+
+    fn log_is_full(&self) -> bool {
+        self.log_bytes >= LOG_FULL_FACTOR.saturating_mul(self.log_limit())
+    }
+
+    fn checkpoint_due(&self) -> bool {
+        let live = matches!(self.health, Health::Live) && self.next.is_none();
+        let long = self.log_bytes > self.log_limit().max(self.checkpoint_retry_log_bytes);
+        live && (long || self.checkpoint_demanded)
+    }
+
+    fn call_for_checkpoint(&mut self) {
+        if self.log_is_full() && !self.waiters.is_empty() && self.next.is_none() {
+            self.checkpoint_demanded = true;
+        }
+        if self.checkpoint_due() {
+            for call in self.checkpoint_calls.drain(..) {
+                // Whoever stopped listening needs no call.
+                let _ = call.send(());
+            }
+        }
+    }
+
     fn has_work(&self) -> bool {
-        matches!(self.health, Health::Live) && !self.waiters.is_empty() && !self.pending.is_empty()
+        let live = matches!(self.health, Health::Live) && !self.log_is_full();
+        live && !self.waiters.is_empty() && !self.pending.is_empty()
     }
 
     fn begin_batch(&mut self) -> Option<(Segment<P>, Batch)> {
@@ -328,6 +404,7 @@ impl<P: Platform> State<P> {
             }
         }
         self.segment = Some(segment);
+        self.call_for_checkpoint();
     }
 
     fn batch_is_durable(&mut self, lsn: Lsn) {

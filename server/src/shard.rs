@@ -42,7 +42,8 @@ use mesh::{Mesh, MeshMessage};
 use residency::SectorRange;
 use signal::{Signal, within};
 use stats::Counters;
-use volume::{SET_ASIDE, Volume};
+pub(crate) use volume::SET_ASIDE;
+use volume::Volume;
 
 /// A long poll for residency changes is answered after this at the latest.
 const RESIDENCY_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -220,6 +221,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         platform.spawn(Queue::Serve, self.clone().pump());
         platform.spawn(Queue::Serve, self.clone().serve_commands(commands));
         platform.spawn(Queue::Background, self.clone().upkeep());
+        platform.spawn(Queue::Background, self.clone().checkpoints());
         for store in 0..self.0.stores.len() {
             platform.spawn(Queue::Background, self.clone().hydrate_store(store));
         }
@@ -342,6 +344,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volume.writes_done.until(|| volume.writing.get() == 0).await;
         }
         if !mutation::on(Mutation::GenerationNotJournaled) {
+            self.0.journal.admit().await?;
             let lsn = self.0.journal.append(&Record::Generation { volume: volume.spec.id, generation });
             self.0.journal.commit(lsn).await?;
         }

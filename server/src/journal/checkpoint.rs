@@ -85,8 +85,9 @@ struct Running<'a, P: Platform> {
     inner: &'a Rc<Inner<P>>,
     name: SegmentName,
     volumes: u64,
-    /// Once complete: everything appended up to here is in the new segment.
+    /// Once complete: everything appended up to here is in the new segment, and its records have this many bytes.
     durable: Lsn,
+    tail_bytes: u64,
     stage: Stage,
 }
 
@@ -110,8 +111,10 @@ impl<'a, P: Platform> Running<'a, P> {
         let mut batches = Batches::default();
         batches.mark(state.appended);
         state.next = Some(batches);
+        state.next_bytes = 0;
+        state.checkpoint_demanded = false;
         let name = SegmentName { seq: state.name.seq + 1, ..state.name };
-        Ok(Running { inner, name, volumes: 0, durable: Lsn(0), stage: Stage::Writing })
+        Ok(Running { inner, name, volumes: 0, durable: Lsn(0), tail_bytes: 0, stage: Stage::Writing })
     }
 
     /// Writes the states, between them the records appended meanwhile, and syncs: most of the work, without the turn.
@@ -138,6 +141,7 @@ impl<'a, P: Platform> Running<'a, P> {
             record::encode_checkpoint_complete(volumes, &mut |bytes| batches.push(bytes));
             batches.take_all()
         });
+        self.tail_bytes = self.inner.state.borrow().next_bytes;
         while let Some(batch) = last.take(true) {
             let written = segment.write(&self.inner.platform, &batch.payload).await;
             written.map_err(|error| self.failed("writing", &error))?;
@@ -160,8 +164,8 @@ impl<'a, P: Platform> Running<'a, P> {
         }
         state.name = self.name;
         state.pending = state.next.take().unwrap_or_default();
-        state.checkpoint_bytes = segment.end;
-        state.log_bytes = 0;
+        state.state_bytes = segment.end.saturating_sub(self.tail_bytes);
+        state.log_bytes = self.tail_bytes;
         state.checkpoint_retry_log_bytes = 0;
         state.batch_is_durable(self.durable);
         Ok(state.segment.replace(segment).expect("the holder of the turn finds the live segment"))
@@ -171,12 +175,18 @@ impl<'a, P: Platform> Running<'a, P> {
         act(self.inner.state.borrow_mut().next.as_mut().expect("set until the checkpoint ends"))
     }
 
-    /// The old segment stays; the next try waits for more log, so that a full disk is not hammered.
+    /// The old segment stays; the next try waits for more log, so that a full disk is not hammered. Commits that waited
+    /// for room in a full log fail; a later one asks for a checkpoint again.
     fn failed(&self, stage: &str, error: &io::Error) -> Error {
         let mut state = self.inner.state.borrow_mut();
         state.checkpoint_retry_log_bytes = state.log_bytes + CHECKPOINT_LOG_BYTES_MIN;
         let path = self.inner.dir.join(self.name.tmp_file_name());
-        Error::from_io(&format!("checkpoint {}: {stage}", path.display()), error)
+        let error = Error::from_io(&format!("checkpoint {}: {stage}", path.display()), error);
+        if state.log_is_full() {
+            let text = format!("the journal's log is full ({} bytes): {}", state.log_bytes, error.message);
+            state.fail_waiters(Err(Error::new(error.status, text)));
+        }
+        error
     }
 }
 
@@ -184,7 +194,10 @@ impl<P: Platform> Drop for Running<'_, P> {
     fn drop(&mut self) {
         let mut state = self.inner.state.borrow_mut();
         match self.stage {
-            Stage::Writing => state.next = None,
+            Stage::Writing => {
+                state.next = None;
+                state.call_for_checkpoint();
+            }
             Stage::Switching => {
                 state.next = None;
                 state.poison(SWITCH, "it was abandoned half-way".to_owned());

@@ -47,11 +47,37 @@ pub struct FileReport {
 /// `Corrupt`, naming file and offset, when committed records are damaged or missing; `Unsupported` when a newer version
 /// wrote them; `Io` when a file can't be read. Nothing is changed then.
 pub async fn recover<P: Platform>(platform: &P, dir: &Path) -> Result<Recovered> {
+    platform.create_dir_all(dir).await.map_err(|error| directory_error(dir, &error))?;
     let entries = list(platform, dir).await?;
-    let segments: Vec<SegmentName> = entries.iter().filter_map(|entry| SegmentName::parse(&entry.name)).collect();
     if !entries.iter().any(|entry| entry.name == CURRENT) {
-        return first_start(platform, dir, &segments).await;
+        return first_start(platform, dir, &segments_of(&entries)).await;
     }
+    read_all(platform, dir, &entries).await
+}
+
+/// Like [`recover`] for a node that has made its journals before: it makes nothing.
+///
+/// # Errors
+/// As [`recover`], and `Corrupt` when there is no journal: it was lost, or its filesystem is not mounted.
+pub async fn recover_existing<P: Platform>(platform: &P, dir: &Path) -> Result<Recovered> {
+    let entries = match platform.list_dir(dir).await {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(lost(dir)),
+        Err(error) => return Err(directory_error(dir, &error)),
+    };
+    let segments = segments_of(&entries);
+    match entries.iter().any(|entry| entry.name == CURRENT) {
+        false if segments.is_empty() => return Err(lost(dir)),
+        false => return Err(missing_current(dir, segments[0])),
+        true => {}
+    }
+    let recovered = read_all(platform, dir, &entries).await?;
+    // Epoch 0 is that of a first start which was not completed.
+    if recovered.epoch == 0 { Err(lost(dir)) } else { Ok(recovered) }
+}
+
+async fn read_all<P: Platform>(platform: &P, dir: &Path, entries: &[DirEntry]) -> Result<Recovered> {
+    let segments = segments_of(entries);
     let current = read_current(platform, dir).await?;
     let mut merged: BTreeMap<VolumeId, (u32, VolumeState)> = BTreeMap::new();
     let mut files = Vec::new();
@@ -72,26 +98,23 @@ pub async fn recover<P: Platform>(platform: &P, dir: &Path) -> Result<Recovered>
     Ok(Recovered { epoch: current.epoch, shards: current.shards as usize, fresh: false, volumes, files })
 }
 
-/// Makes the directory if need be.
 async fn list<P: Platform>(platform: &P, dir: &Path) -> Result<Vec<DirEntry>> {
-    let made = async {
-        platform.create_dir_all(dir).await?;
-        platform.list_dir(dir).await
-    };
-    made.await.map_err(|error| Error::from_io(&format!("journal directory {}", dir.display()), &error))
+    platform.list_dir(dir).await.map_err(|error| directory_error(dir, &error))
+}
+
+fn directory_error(dir: &Path, error: &std::io::Error) -> Error {
+    Error::from_io(&format!("journal directory {}", dir.display()), error)
+}
+
+fn segments_of(entries: &[DirEntry]) -> Vec<SegmentName> {
+    entries.iter().filter_map(|entry| SegmentName::parse(&entry.name)).collect()
 }
 
 /// The superblock is made before the first segment: segments without one mean that it was lost.
 async fn first_start<P: Platform>(platform: &P, dir: &Path, segments: &[SegmentName]) -> Result<Recovered> {
     let path = dir.join(CURRENT);
     if let Some(segment) = segments.first() {
-        let text = format!(
-            "journal superblock {} is missing, but segments such as {} exist: restore it from a backup, or move the \
-             segments away to start without any volume",
-            path.display(),
-            segment.file_name()
-        );
-        return Err(Error::new(Status::Corrupt, text));
+        return Err(missing_current(dir, *segment));
     }
     let made = async {
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -103,7 +126,7 @@ async fn first_start<P: Platform>(platform: &P, dir: &Path, segments: &[SegmentN
     Ok(Recovered { epoch: 0, shards: 0, fresh: true, volumes: Vec::new(), files: Vec::new() })
 }
 
-async fn read_current<P: Platform>(platform: &P, dir: &Path) -> Result<Current> {
+pub(super) async fn read_current<P: Platform>(platform: &P, dir: &Path) -> Result<Current> {
     let path = dir.join(CURRENT);
     let what = format!("journal superblock {}", path.display());
     let read = async {
@@ -121,7 +144,7 @@ async fn read_current<P: Platform>(platform: &P, dir: &Path) -> Result<Current> 
 }
 
 /// Streams one segment: at most one window is in memory.
-async fn read_segment<P: Platform>(platform: &P, dir: &Path, name: SegmentName) -> Result<Scanned> {
+pub(super) async fn read_segment<P: Platform>(platform: &P, dir: &Path, name: SegmentName) -> Result<Scanned> {
     let path = dir.join(name.file_name());
     let what = format!("journal file {}", path.display());
     let failed = |error: std::io::Error| Error::from_io(&format!("{what}: reading"), &error);
@@ -154,7 +177,7 @@ where
     scan.finish().map_err(refused)
 }
 
-fn report(name: SegmentName, scanned: &Scanned) -> FileReport {
+pub(super) fn report(name: SegmentName, scanned: &Scanned) -> FileReport {
     FileReport {
         file: name.file_name(),
         volumes: scanned.volumes.len(),
@@ -165,7 +188,7 @@ fn report(name: SegmentName, scanned: &Scanned) -> FileReport {
     }
 }
 
-fn missing_segment(dir: &Path, current: Current, shard: u32) -> Error {
+pub(super) fn missing_segment(dir: &Path, current: Current, shard: u32) -> Error {
     let pattern = format!("{:010}-{shard:04}-*.vj", current.epoch);
     corrupt(format!(
         "journal of shard {shard} is missing: {} says epoch {} has {} journals, but there is no {pattern} in {}",
@@ -176,7 +199,27 @@ fn missing_segment(dir: &Path, current: Current, shard: u32) -> Error {
     ))
 }
 
-fn two_owners(dir: &Path, state: &VolumeState, first: u32, second: u32) -> Error {
+pub(super) fn missing_current(dir: &Path, segment: SegmentName) -> Error {
+    let text = format!(
+        "journal superblock {} is missing, but segments such as {} exist: restore it from a backup, or move the \
+         segments away to start without any volume",
+        dir.join(CURRENT).display(),
+        segment.file_name()
+    );
+    Error::new(Status::Corrupt, text)
+}
+
+fn lost(dir: &Path) -> Error {
+    let text = format!(
+        "the journal of this node is gone: node.toml says that it was made, but {} holds none; restore it from a \
+         backup or mount its filesystem. To give up every volume of the node, delete the line 'journal = true' of \
+         node.toml and start again",
+        dir.display()
+    );
+    Error::new(Status::Corrupt, text)
+}
+
+pub(super) fn two_owners(dir: &Path, state: &VolumeState, first: u32, second: u32) -> Error {
     corrupt(format!(
         "volume {} ({}) is in the journals of shard {first} and shard {second} in {}",
         state.spec.name,

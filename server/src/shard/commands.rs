@@ -138,6 +138,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         for store in stores.into_iter().filter(|_| !mutation::on(Mutation::DirectoryNotSynced)) {
             self.sync_store(store).await?;
         }
+        // What follows, and its undoing, is bounded by the largest request.
+        self.0.journal.admit().await?;
         let mut last = None;
         self.0.creating.borrow_mut().extend(volumes.iter().cloned());
         for volume in volumes {
@@ -171,6 +173,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let message = format!("volume {name:?} is attached: detach it first, or delete it with --force");
             return Err(Error::new(Status::Conflict, message));
         }
+        self.0.journal.admit().await?;
         // From here on the volume is gone for guests. The file first gets a name that a restart may remove, or turn
         // back if the record below never became durable.
         volume.deleted.set(true);
@@ -192,6 +195,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     async fn set_rate(&self, name: &str, rate: HydrationRate) -> Result<()> {
         self.refuse_when_stopping()?;
         let volume = self.by_name(name)?;
+        self.0.journal.admit().await?;
         volume.set_rate(rate);
         let lsn = self.0.journal.append(&Record::Rate { volume: volume.spec.id, rate });
         self.0.journal.commit(lsn).await?;

@@ -19,6 +19,8 @@ const SYNC_EVERY_TICKS: u64 = 10;
 const SYNCS_MAX: usize = 8;
 /// Idle files are closed this often.
 const CLOSE_EVERY_TICKS: u64 = 60;
+/// Between two looks at whether the shard has stopped, and after a checkpoint that failed: a full disk is not hammered.
+const CHECKPOINT_PAUSE: Duration = Duration::from_secs(1);
 /// In-flight requests get this long to end when the server stops.
 const DRAIN_MAX: Duration = Duration::from_secs(8);
 
@@ -58,8 +60,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             if tick.is_multiple_of(CLOSE_EVERY_TICKS) {
                 self.close_idle().await;
             }
-            if self.0.journal.checkpoint_due() && !self.0.stopping.get() {
-                self.checkpoint().await;
+        }
+    }
+
+    /// Writes checkpoints when the journal asks for them. Also while stopping: commits of a full log wait for one.
+    pub(super) async fn checkpoints(self) {
+        while !self.0.stopped.get() {
+            within(&self.0.platform, CHECKPOINT_PAUSE, self.0.journal.checkpoint_wanted()).await;
+            if self.0.journal.checkpoint_due() && !self.checkpoint().await {
+                self.0.platform.sleep(CHECKPOINT_PAUSE).await;
             }
         }
     }
@@ -88,7 +97,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
     }
 
-    pub(super) async fn checkpoint(&self) {
+    /// `false`: it failed; an event says why.
+    pub(super) async fn checkpoint(&self) -> bool {
         // Listed when the journal asks for the first one: it collects later records by then, and no earlier one is missed.
         let mut volumes = None;
         let next = || {
@@ -97,10 +107,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let list = || self.volumes().into_iter().chain(creating());
             volumes.get_or_insert_with(list).find(|v| !v.deleted.get()).map(|v| v.durable_state())
         };
-        match self.0.journal.checkpoint(next).await {
+        let written = self.0.journal.checkpoint(next).await;
+        match &written {
             Ok(()) => self.0.counters.checkpoints.add(1),
             Err(error) => self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message),
         }
+        written.is_ok()
     }
 
     /// Clean stop: nothing new is taken, what is in flight ends (within a bound), everything is synced, the journal is

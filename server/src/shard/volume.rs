@@ -415,6 +415,7 @@ impl<P: Platform> Volume<P> {
                 self.synced_in_this_life.set(true);
             }
             if !changes.is_empty() {
+                journal.admit().await?;
                 let lsn = journal.append(&Record::Residency { volume: self.spec.id, chunks: changes });
                 self.map.borrow_mut().sync_appended();
                 journal.commit(lsn).await?;
@@ -431,6 +432,7 @@ impl<P: Platform> Volume<P> {
             }
         }
         if !self.hydrated.get() && self.map.borrow().is_full_and_durable() {
+            journal.admit().await?;
             let lsn = journal.append(&Record::Hydrated { volume: self.spec.id });
             journal.commit(lsn).await?;
             self.hydrated.set(true);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::super::{Journal, Record, commit_epoch, recover};
+use super::super::{Journal, Record, commit_epoch, recover, recover_existing};
 use super::harness::{Call, TestPlatform, run};
 use super::model::spec;
 use crate::error::Status;
@@ -17,6 +17,10 @@ fn state(index: u64) -> VolumeState {
 async fn two_shards(platform: &TestPlatform, dir: &Path) {
     let recovered = recover(platform, dir).await.expect("first start");
     assert!(recovered.fresh && recovered.epoch == 0 && recovered.shards == 0);
+    two_shards_in(platform, dir).await;
+}
+
+async fn two_shards_in(platform: &TestPlatform, dir: &Path) {
     for shard in 0..2 {
         let journal =
             Journal::create(platform, dir, 1, shard, [state(shard as u64)].into_iter()).await.expect("create");
@@ -170,6 +174,31 @@ fn d8_unfinished_and_foreign_files_are_ignored() {
         // Ours are gone, others' stay.
         let expected = ["0000000002-0000-0000000000.vj", "1-0-5.vj", "CURRENT", "notes.txt"];
         assert_eq!(names(&platform, &dir).await, expected);
+    });
+}
+
+/// A node that has run before and whose journals are gone is not a new node.
+#[test]
+fn d9_lost_journal_of_a_known_node_is_refused_and_nothing_is_made() {
+    run(|platform, dir| async move {
+        let refused = async |platform: &TestPlatform| {
+            let error = recover_existing(platform, &dir).await.expect_err("refused");
+            assert_eq!(error.status, Status::Corrupt);
+            assert!(error.message.contains("restore it from a backup"), "{error}");
+            error.message
+        };
+        assert!(refused(&platform).await.contains("the journal of this node is gone"));
+        assert!(platform.list_dir(&dir).await.is_err(), "the directory was made");
+        platform.create_dir_all(&dir).await.expect("mkdir");
+        assert!(refused(&platform).await.contains("the journal of this node is gone"));
+        assert_eq!(names(&platform, &dir).await, Vec::<String>::new());
+        // As made by a start that did not know better.
+        recover(&platform, &dir).await.expect("first start");
+        assert!(refused(&platform).await.contains("the journal of this node is gone"));
+        two_shards_in(&platform, &dir).await;
+        assert_eq!(recover_existing(&platform, &dir).await.expect("recover").volumes, [state(0), state(1)]);
+        platform.remove_file(&dir.join("CURRENT")).await.expect("remove");
+        assert!(refused(&platform).await.contains("CURRENT is missing"));
     });
 }
 
