@@ -8,6 +8,7 @@
 
 mod executor;
 mod listen;
+mod reserve;
 mod shard_thread;
 
 use std::path::PathBuf;
@@ -27,10 +28,11 @@ use crate::shard::{ShardConfig, StoreConfig};
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::VolumeState;
 use executor::on_temporary_executor;
+pub use reserve::RESERVE;
 use shard_thread::{ShardSeed, ShardThread};
 
 /// The journals' directory in the data directory.
-const JOURNAL_DIR: &str = "journal";
+pub const JOURNAL_DIR: &str = "journal";
 
 /// Everything the shards of a node are made from.
 #[derive(Clone, Debug)]
@@ -38,6 +40,8 @@ pub struct NodeConfig {
     pub node_id: u128,
     /// Directory of the journals; made at the first start.
     pub journal_dir: PathBuf,
+    /// The journals were made before: a start refuses to make them anew.
+    pub journal_exists: bool,
     pub stores: Vec<StoreConfig>,
     pub object_store: ObjectStoreUrl,
     /// Data port of shard 0; shard k takes port + k, or `path.k`.
@@ -68,6 +72,7 @@ impl NodeConfig {
         Ok(NodeConfig {
             node_id: data.node_id,
             journal_dir: data.path.join(JOURNAL_DIR),
+            journal_exists: data.has_journal(),
             stores: stores.collect(),
             object_store,
             listen: config.listen.clone(),
@@ -133,19 +138,43 @@ impl Node {
     }
 }
 
-/// Recovers the node and starts its shards; they accept connections when it returns.
+/// Recovers the node and starts its shards; they accept connections when it returns. On a full disk it uses the space
+/// that an earlier start held back.
 ///
 /// # Errors
 /// One line that names what failed and what to do. Nothing runs then.
 pub fn start(config: NodeConfig) -> Result<Node> {
+    let journal_dir = config.journal_dir.clone();
+    let started = match start_once(config.clone()) {
+        Err(error) if error.status == Status::NoSpace && reserve::release(&journal_dir) => start_once(config),
+        started => started,
+    };
+    match started {
+        Ok(node) => {
+            reserve::hold(&journal_dir);
+            Ok(node)
+        }
+        Err(error) if error.status == Status::NoSpace => {
+            let dir = journal_dir.display();
+            let text = format!("{}; free some space on the filesystem of {dir} and start again", error.message);
+            Err(Error::new(error.status, text))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn start_once(config: NodeConfig) -> Result<Node> {
     let cpus = executor::allowed_cpus()?;
     let shards = if config.cores == 0 { cpus.len() } else { config.cores };
     if shards > cpus.len() {
         tracing::warn!(shards, cores = cpus.len(), "more shards than cores: some share a core");
     }
     let bound = listen::bind(&config.listen, shards)?;
-    let journal_dir = config.journal_dir.clone();
-    let recovered = on_temporary_executor(async move |platform| journal::recover(&platform, &journal_dir).await)?;
+    let (journal_dir, journal_exists) = (config.journal_dir.clone(), config.journal_exists);
+    let recovered = on_temporary_executor(async move |platform| match journal_exists {
+        true => journal::recover_existing(&platform, &journal_dir).await,
+        false => journal::recover(&platform, &journal_dir).await,
+    })?;
     let Recovered { epoch, fresh, volumes, files, .. } = recovered;
     let report = RecoveryReport { fresh, epoch: epoch + 1, volumes: volumes.len(), files };
     let shard_map: ShardMap = bound.iter().map(listen::Bound::map_entry).collect();

@@ -5,6 +5,8 @@
 //! be served by the wrong node, and a store whose filesystem is not mounted is an error instead of an empty store.
 #![allow(clippy::disallowed_methods)] // Runs before any shard exists, and on no shard's thread.
 
+mod identity;
+
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
@@ -14,6 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::config::StoreConfig;
+pub use identity::{NodeIdentity, StoreIdentity, data_names, lock_shared, read_identity, store_names, verify_store};
 
 const NODE_FILE: &str = "node.toml";
 const LOCK_FILE: &str = "LOCK";
@@ -31,6 +34,7 @@ pub struct DataDir {
     pub created_unix_ms: u64,
     /// In the order of the configuration.
     pub stores: Vec<Store>,
+    node: NodeFile,
     _lock: File,
 }
 
@@ -90,6 +94,9 @@ struct NodeFile {
     format: u32,
     node_id: String,
     created_unix_ms: u64,
+    /// The node has made its journals: from then on a directory without any has lost them.
+    #[serde(default)]
+    journal: bool,
     #[serde(default, rename = "store")]
     stores: Vec<KnownStore>,
 }
@@ -98,6 +105,10 @@ struct NodeFile {
 struct KnownStore {
     label: String,
     store_id: String,
+    /// Where it was when the node last started, relative to the data directory if inside of it; for programs that look
+    /// at the node while it is stopped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
 }
 
 /// `volley-store.toml`.
@@ -126,6 +137,7 @@ impl DataDir {
                 format: FORMAT,
                 node_id: format!("{:032x}", random_id(path)?),
                 created_unix_ms: unix_ms(),
+                journal: false,
                 stores: Vec::new(),
             },
         };
@@ -134,15 +146,37 @@ impl DataDir {
             // Before any store names it, so that no store is left behind by a node that never was.
             write_file(&node_path, &node)?;
         }
-        let stores = stores.iter().map(|store| open_store(&mut node, node_id, store)).collect::<Result<Vec<_>>>()?;
+        let stores =
+            stores.iter().map(|store| open_store(&mut node, node_id, path, store)).collect::<Result<Vec<_>>>()?;
         if old.as_ref().is_none_or(|old| *old != node) {
             write_file(&node_path, &node)?;
         }
-        Ok(DataDir { path: path.to_path_buf(), node_id, created_unix_ms: node.created_unix_ms, stores, _lock: lock })
+        let created_unix_ms = node.created_unix_ms;
+        Ok(DataDir { path: path.to_path_buf(), node_id, created_unix_ms, stores, node, _lock: lock })
+    }
+
+    /// The node has run before: if there is no journal now, it was lost.
+    #[must_use]
+    pub fn has_journal(&self) -> bool {
+        self.node.journal
+    }
+
+    /// Remembers, durably, that the journals were made. Called before the first volume can be.
+    ///
+    /// # Errors
+    /// As writing `node.toml`.
+    pub fn remember_journal(&mut self) -> Result<()> {
+        if self.node.journal {
+            return Ok(());
+        }
+        let node = NodeFile { journal: true, ..self.node.clone() };
+        write_file(&self.path.join(NODE_FILE), &node)?;
+        self.node = node;
+        Ok(())
     }
 }
 
-fn open_store(node: &mut NodeFile, node_id: u128, config: &StoreConfig) -> Result<Store> {
+fn open_store(node: &mut NodeFile, node_id: u128, data: &Path, config: &StoreConfig) -> Result<Store> {
     let known = node.stores.iter().find(|known| known.label == config.label).cloned();
     let file_path = config.path.join(STORE_FILE);
     let file = match (read_file::<StoreFile>(&file_path)?, &known) {
@@ -152,22 +186,13 @@ fn open_store(node: &mut NodeFile, node_id: u128, config: &StoreConfig) -> Resul
         }
         (None, None) => create_store(node, config, &file_path)?,
     };
-    let found = parse_id(&file_path, &file.node_id)?;
+    match_store(&file, known.as_ref().map(|known| known.store_id.as_str()), node_id, &config.label, &config.path)?;
     let id = parse_id(&file_path, &file.store_id)?;
-    if found != node_id {
-        return Err(DataDirError::ForeignStore { path: config.path.clone(), found, wanted: node_id });
+    if known.is_none() {
+        node.stores.push(KnownStore { label: file.label, store_id: file.store_id, path: None });
     }
-    if file.label != config.label {
-        let wanted = config.label.clone();
-        return Err(DataDirError::Relabelled { path: config.path.clone(), found: file.label, wanted });
-    }
-    match known {
-        Some(known) if known.store_id != file.store_id => {
-            return Err(DataDirError::StoreSwapped { label: config.label.clone(), path: config.path.clone() });
-        }
-        Some(_) => {}
-        None => node.stores.push(KnownStore { label: file.label, store_id: file.store_id }),
-    }
+    let place = place_of(data, &config.path);
+    node.stores.iter_mut().filter(|known| known.label == config.label).for_each(|known| known.path.clone_from(&place));
     create_dir(&config.path.join(VOLUMES_DIR))?;
     Ok(Store {
         label: Arc::from(config.label.as_str()),
@@ -175,6 +200,28 @@ fn open_store(node: &mut NodeFile, node_id: u128, config: &StoreConfig) -> Resul
         id,
         hydration_bandwidth: config.hydration_bandwidth.0,
     })
+}
+
+/// A path that is not UTF-8 can't be written into the file and is not remembered.
+fn place_of(data: &Path, store: &Path) -> Option<String> {
+    let (data, store) = (std::path::absolute(data).ok()?, std::path::absolute(store).ok()?);
+    store.strip_prefix(&data).unwrap_or(&store).to_str().map(str::to_owned)
+}
+
+/// Whether the store at `path` is this node's store `label`; `known_id` is its id if the node has used it before.
+fn match_store(file: &StoreFile, known_id: Option<&str>, node_id: u128, label: &str, path: &Path) -> Result<()> {
+    let found = parse_id(&path.join(STORE_FILE), &file.node_id)?;
+    if found != node_id {
+        return Err(DataDirError::ForeignStore { path: path.to_path_buf(), found, wanted: node_id });
+    }
+    if file.label != label {
+        let (found, wanted) = (file.label.clone(), label.to_owned());
+        return Err(DataDirError::Relabelled { path: path.to_path_buf(), found, wanted });
+    }
+    if known_id.is_some_and(|known| known != file.store_id) {
+        return Err(DataDirError::StoreSwapped { label: label.to_owned(), path: path.to_path_buf() });
+    }
+    Ok(())
 }
 
 fn create_store(node: &NodeFile, config: &StoreConfig, file_path: &Path) -> Result<StoreFile> {
@@ -206,13 +253,41 @@ fn lock(path: &Path) -> Result<File> {
             return Err(DataDirError::Locked { path: path.to_path_buf(), pid });
         }
     }
-    file.set_len(0).map_err(fail)?;
-    file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(fail)?;
+    // The lock is what counts: a full disk, which may have no room for the pid, does not keep a node from starting.
+    if let Err(error) = file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes())) {
+        tracing::warn!(file = %lock_path.display(), %error, "the pid was not written");
+    }
     Ok(file)
 }
 
+/// Creates a directory with its parents, durably: every directory that got an entry is synced.
 fn create_dir(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).map_err(|error| DataDirError::Io { what: "can't create", path: path.to_path_buf(), error })
+    create_dir_with(path, &mut |dir| File::open(dir)?.sync_all())
+}
+
+fn create_dir_with(path: &Path, sync: &mut impl FnMut(&Path) -> io::Result<()>) -> Result<()> {
+    let fail = |error| DataDirError::Io { what: "can't create", path: path.to_path_buf(), error };
+    let missing: Vec<&Path> = path.ancestors().take_while(|dir| is_missing(dir)).collect();
+    fs::create_dir_all(path).map_err(fail)?;
+    // The entry of the uppermost directory first: what a crash leaves is reachable. One that was there already may be
+    // the work of a start that crashed before it was synced.
+    let mut entries: Vec<&Path> = missing.into_iter().rev().collect();
+    if entries.is_empty() {
+        entries.push(path);
+    }
+    for entry in entries {
+        let parent = entry.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        match sync(parent) {
+            // Then it was not made by us, but by whoever set the machine up.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            result => result.map_err(fail)?,
+        }
+    }
+    Ok(())
+}
+
+fn is_missing(dir: &Path) -> bool {
+    !dir.as_os_str().is_empty() && matches!(fs::symlink_metadata(dir), Err(e) if e.kind() == io::ErrorKind::NotFound)
 }
 
 /// A directory without the file `own` must be empty, but for what a fresh filesystem or an interrupted first start

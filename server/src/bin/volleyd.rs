@@ -75,12 +75,13 @@ fn run(args: Args) -> Result<(), String> {
     let missing = "no object store: give --object-store file:DIR, set VOLLEY_OBJECT_STORE, or object_store in --config";
     let object_store = config.object_store.clone().ok_or(missing)?;
     raise_open_files();
-    let data = DataDir::open(&config.data, &config.stores()).map_err(|e| e.to_string())?;
+    let mut data = DataDir::open(&config.data, &config.stores()).map_err(|e| e.to_string())?;
     let http = TcpListener::bind(&config.http).map_err(|e| format!("can't listen on http {}: {e}", config.http))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| format!("can't start the control thread: {e}"))?;
     let mut signals = Signals::install(&runtime)?;
     let node = NodeConfig::new(&config, &data).and_then(bootstrap::start).map_err(|e| e.to_string())?;
+    data.remember_journal().map_err(|e| e.to_string())?;
     let control = Control::new(Settings {
         node_id: data.node_id,
         data: data.path.clone(),

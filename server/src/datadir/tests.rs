@@ -110,3 +110,39 @@ fn directories_of_others_are_left_alone() {
     assert!(open_error(&dir.path().join("data"), &[store("x", photos.clone())]).contains("is not empty"));
     assert_eq!(fs::read_dir(&photos).unwrap().count(), 1);
 }
+
+#[test]
+fn every_directory_that_gets_an_entry_is_synced_from_above() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut synced = Vec::new();
+    let mut sync = |dir: &Path| {
+        synced.push(dir.to_path_buf());
+        Ok(())
+    };
+    create_dir_with(&dir.path().join("a/b/c"), &mut sync).unwrap();
+    // Again: a crash may have come between making and syncing it.
+    create_dir_with(&dir.path().join("a/b/c"), &mut sync).unwrap();
+    let expected = ["", "a", "a/b", "a/b"].map(|parent| dir.path().join(parent));
+    assert_eq!(
+        synced.iter().map(|dir| dir.components().as_path()).collect::<Vec<_>>(),
+        expected.each_ref().map(|dir| dir.components().as_path())
+    );
+    let refused = create_dir_with(&dir.path().join("x"), &mut |_| Err(io::Error::other("no sync")));
+    assert!(refused.unwrap_err().to_string().contains("no sync"));
+}
+
+#[test]
+fn the_journal_and_the_places_of_the_stores_are_remembered() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let stores = [store("x", dir.path().join("x"))];
+    let mut first = DataDir::open(&data, &stores).unwrap();
+    assert!(!first.has_journal());
+    first.remember_journal().unwrap();
+    drop(first);
+    fs::rename(dir.path().join("x"), dir.path().join("moved")).unwrap();
+    let second = DataDir::open(&data, &[store("x", dir.path().join("moved"))]).unwrap();
+    assert!(second.has_journal());
+    let text = fs::read_to_string(data.join(NODE_FILE)).unwrap();
+    assert!(text.contains("journal = true") && text.contains("/moved\""), "{text}");
+}
