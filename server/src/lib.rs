@@ -3,6 +3,7 @@
 pub mod bootstrap;
 pub mod budget;
 pub mod cache;
+pub mod check;
 pub mod config;
 pub mod connection;
 pub mod control;

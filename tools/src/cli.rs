@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 mod api;
 pub mod batch;
+pub mod check;
 pub mod image;
 pub mod node;
 pub mod store;
@@ -45,6 +46,8 @@ enum Command {
     /// Look at the server.
     #[command(subcommand)]
     Node(node::NodeCommand),
+    /// Verify the data directory of a node that is not running. Exit code 0: clean, 1: findings, 2: could not check.
+    Check(check::CheckArgs),
 }
 
 /// Options of every command, accepted before and after it.
@@ -94,6 +97,7 @@ pub fn main() -> ExitCode {
         Command::Batch(command) => batch::run(&cli.globals, command),
         Command::Store(command) => store::run(&cli.globals, command),
         Command::Node(command) => node::run(&cli.globals, command),
+        Command::Check(args) => return check::run(&cli.globals, args),
     };
     main_exit(cli.globals.json, result)
 }

@@ -13,4 +13,5 @@ mod harness;
 mod image_file;
 mod images;
 mod lifecycle;
+mod recovery;
 mod torture;

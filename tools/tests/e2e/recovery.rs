@@ -1,0 +1,152 @@
+//! What a node that was stopped or killed leaves on its disks, seen by `volley check`; and starts that must be refused
+//! or must work: a lost journal, a full disk.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::crash::Guest;
+use crate::foreign::served;
+use crate::harness::{NodeOptions, Outcome, Site, available, run, run_in, skip};
+use crate::image_file::CHUNK;
+
+fn check(site: &Site, args: &[&str]) -> Outcome {
+    let data = site.data().display().to_string();
+    site.volley(&[&["check", &data], args].concat())
+}
+
+/// `volley check --json`, which must have ended with `code`.
+fn report(site: &Site, args: &[&str], code: i32) -> Value {
+    let outcome = check(site, &[args, &["--json"]].concat());
+    assert_eq!(outcome.code, code, "{outcome:?}");
+    serde_json::from_str(&outcome.stdout).unwrap_or_else(|e| panic!("no JSON ({e}): {outcome:?}"))
+}
+
+fn kinds(report: &Value) -> Vec<&str> {
+    let findings = report["findings"].as_array().expect("findings");
+    findings.iter().map(|finding| finding["kind"].as_str().expect("kind")).collect()
+}
+
+fn volume_file(site: &Site, id: &Value) -> PathBuf {
+    site.data().join(format!("store/volumes/{}.raw", id.as_str().expect("id")))
+}
+
+/// Killed while it hydrates and while guests write: everything on the disk agrees, before and after the next start.
+#[test]
+fn a_killed_node_is_clean_and_its_damage_is_found() {
+    if !available(&["qemu-io"]) {
+        return;
+    }
+    let (site, node, agent) = served(3);
+    let data = site.data().display().to_string();
+    let refused = site.volley(&["check", &data]);
+    assert_eq!(refused.code, 2, "a server runs: {refused:?}");
+    assert!(refused.stderr.contains("is locked by a running volleyd"), "{refused:?}");
+
+    node.volley(&site, &["volume", "set", "web-0", "--rate", "unlimited"]).success();
+    node.wait_hydrated(&site, "web-0", "60s");
+    let id = node.volume(&site, "web-0")["id"].clone();
+    let mut guest = Guest::connect(&agent, "web-1");
+    guest.does("write -f -P 0xaa 4096 64k");
+    guest.does("discard 2M 1M");
+    node.volley(&site, &["volume", "set", "web-1", "--rate", "unlimited"]).success();
+    node.volley(&site, &["volume", "set", "web-2", "--rate", "unlimited"]).success();
+    guest.does("write -f -P 0xbb 5M 64k");
+    node.kill();
+    guest.leave();
+
+    let clean = report(&site, &[], 0);
+    assert_eq!((&clean["clean"], &clean["volumes"]), (&Value::Bool(true), &Value::from(3)), "{clean}");
+    assert!(kinds(&clean).contains(&"not_closed"), "{clean}");
+    assert!(check(&site, &[]).success().ends_with("clean: 0 damaged, 0 to look at, 1 notes\n"));
+
+    // A file that lost a chunk, and one that was never attached with a flipped bit: both named, with the volume.
+    let file = OpenOptions::new().write(true).open(volume_file(&site, &id)).expect("volume file");
+    file.write_all_at(&[0x55; 512], 4 * CHUNK + 512).expect("write");
+    drop(file);
+    let damaged = report(&site, &[], 1);
+    let worst = &damaged["findings"][0];
+    assert_eq!((&worst["severity"], &worst["kind"]), (&"damage".into(), &"chunk_differs".into()), "{damaged}");
+    assert!(worst["message"].as_str().expect("message").contains("\"web-0\""), "{damaged}");
+    std::fs::remove_file(volume_file(&site, &id)).expect("remove");
+    let text = check(&site, &[]);
+    assert_eq!(text.code, 1, "{text:?}");
+    let line = text.stdout.lines().next().expect("a finding");
+    assert!(line.starts_with("damage ") && line.contains("\"web-0\" is missing"), "{line}");
+    assert!(line.contains("Restore the file from a backup"), "{line}");
+}
+
+#[test]
+fn what_is_no_node_can_not_be_checked() {
+    let site = Site::new();
+    for (dir, words) in [("nothing-here", "can't read"), ("empty", "holds no node of Volley")] {
+        std::fs::create_dir_all(site.path("empty")).expect("mkdir");
+        let outcome = site.volley(&["check", &site.path(dir).display().to_string()]);
+        assert_eq!(outcome.code, 2, "{outcome:?}");
+        assert!(outcome.stderr.contains(words) && outcome.stderr.lines().count() == 1, "{outcome:?}");
+    }
+}
+
+/// The journal's filesystem is not mounted, or somebody removed it: the node must not start as if it were new.
+#[test]
+fn a_lost_journal_is_a_clear_error_and_not_an_empty_node() {
+    let site = Site::new();
+    std::fs::create_dir_all(site.objects()).expect("object store");
+    let node = site.start_default();
+    node.volley(&site, &["volume", "create", "--name", "a", "--size", "1MiB"]).success();
+    assert!(node.stop().0.success());
+    let (journal, away) = (site.data().join("journal"), site.path("away"));
+    std::fs::rename(&journal, &away).expect("rename");
+    let start = || run(site.node_command(&NodeOptions::default()));
+    for made_again in [false, true] {
+        if made_again {
+            std::fs::create_dir(&journal).expect("mkdir");
+        }
+        start().fails_naming(&["the journal of this node is gone", "restore it from a backup", "journal = true"]);
+        assert_eq!(journal.exists(), made_again, "nothing was made");
+    }
+    std::fs::remove_dir(&journal).expect("remove");
+    std::fs::rename(&away, &journal).expect("rename");
+    let node = site.start_default();
+    node.volume(&site, "a");
+}
+
+/// Data and volumes on one filesystem, which is filled to the last block: the node starts with the space it held back.
+/// Filled again, it says what to do.
+#[test]
+fn a_node_starts_on_a_full_disk_or_says_what_to_do() {
+    if !available(&["mkfs.ext4", "unshare", "mount"]) {
+        return;
+    }
+    // SAFETY: geteuid cannot fail and touches no memory.
+    if unsafe { libc::geteuid() } != 0 {
+        skip("a filesystem of its own needs root");
+        return;
+    }
+    let site = Site::new();
+    std::fs::create_dir_all(site.objects()).expect("object store");
+    let (disk, mount) = (site.path("disk.img"), site.path("small"));
+    std::fs::File::create(&disk).expect("create").set_len(64 << 20).expect("size");
+    run_in(&site.path(""), "mkfs.ext4", &["-q", "-m", "0", "disk.img"]).success();
+    std::fs::create_dir(&mount).expect("mount point");
+    // Each start has the filesystem in a mount namespace of its own, and may first fill or empty it.
+    let options = |first: &str| {
+        let prepare =
+            format!("mount -o loop '{}' '{}'; cd '{}'; {first}", disk.display(), mount.display(), mount.display());
+        NodeOptions { prepare: Some(prepare), data: Some(mount.join("node")), ..NodeOptions::default() }
+    };
+    let fill = "cat /dev/zero > fill 2>/dev/null || true; sync; test $(stat -f -c %a .) = 0";
+
+    let node = site.start(&options(""));
+    node.volley(&site, &["volume", "create", "--name", "a", "--size", "1GiB"]).success();
+    node.kill();
+    let node = site.start(&options(fill));
+    node.volume(&site, "a");
+    node.kill();
+    run(site.node_command(&options(fill))).fails_naming(&["No space left", "free some space on the filesystem of"]);
+    let node = site.start(&options("rm fill"));
+    node.volume(&site, "a");
+    assert!(node.stop().0.success());
+}
