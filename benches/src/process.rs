@@ -11,6 +11,19 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub type Result<T, E = String> = std::result::Result<T, E>;
 
+/// Kernel, processor, cores and memory: what the figures depend on.
+#[must_use]
+pub fn machine() -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
+        line.split_once(':').map_or_else(String::new, |(_, value)| value.trim().to_owned())
+    };
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let (cpu, memory) = (field(&read("/proc/cpuinfo"), "model name"), field(&read("/proc/meminfo"), "MemTotal"));
+    format!("machine: {cores} cores of {cpu}, {memory}, Linux {}", read("/proc/sys/kernel/osrelease").trim())
+}
+
 /// One of our own binaries, built in the same profile.
 ///
 /// # Errors

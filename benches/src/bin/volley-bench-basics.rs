@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use volley_benches::figure::{Figure, Pair, report};
-use volley_benches::process::{Result, Server, run, sibling, timed};
+use volley_benches::process::{Result, Server, machine, run, sibling, timed};
 
 /// Measures the basic figures of one node, each beside a peer in the same run.
 #[derive(Debug, Parser)]
@@ -74,18 +74,6 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
 }
 
 type Part<'a> = fn(&Bench<'a>, &mut Vec<Figure>) -> Result<()>;
-
-/// Kernel, processor, cores and memory: what the figures depend on.
-fn machine() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let field = |text: &str, key: &str| {
-        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
-        line.split_once(':').map_or_else(String::new, |(_, value)| value.trim().to_owned())
-    };
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    let (cpu, memory) = (field(&read("/proc/cpuinfo"), "model name"), field(&read("/proc/meminfo"), "MemTotal"));
-    format!("machine: {cores} cores of {cpu}, {memory}, Linux {}", read("/proc/sys/kernel/osrelease").trim())
-}
 
 struct Bench<'a> {
     args: &'a Args,
