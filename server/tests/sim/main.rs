@@ -117,6 +117,11 @@ fn every_durable_point_of_holes_and_fetches() {
 }
 
 #[test]
+fn every_durable_point_of_creations_and_checkpoints() {
+    points::every_durable_point(&points::CREATIONS_AND_CHECKPOINTS).print("crash points of creations and checkpoints");
+}
+
+#[test]
 fn every_durable_point_of_fragments() {
     points::every_durable_point(&points::FRAGMENTS).print("crash points of fragments");
 }

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 use std::rc::Rc;
+use std::time::Duration;
 
+use volley_server::platform::Platform;
 use volley_server::platform::sim::{CrashPoint, SimStop};
 
 use crate::model::After;
@@ -30,13 +32,15 @@ struct Life {
     shards: usize,
     /// How many volumes each request to create some creates.
     creates: &'static [usize],
+    /// At any moment of each of these requests a checkpoint starts.
+    checkpoints: bool,
     requests: &'static [u64],
 }
 
 /// What a scenario is and the seeds of its ranges, its contents and what its crashes keep.
 pub struct Scenario {
     /// As in the test's name.
-    name: &'static str,
+    pub name: &'static str,
     seeds: Range<u64>,
     lives: &'static [Life],
 }
@@ -49,14 +53,16 @@ pub const WRITES_AND_FLUSHES: Scenario = Scenario {
         Life {
             shards: 1,
             creates: &[2, 4],
+            checkpoints: false,
             requests: &[WRITE, WRITE, FLUSH, WRITE, READ, WRITE, FLUSH, ATTACH, WRITE, FLUSH, FETCH, WRITE, DETACH],
         },
         Life {
             shards: 3,
             creates: &[1],
+            checkpoints: false,
             requests: &[WRITE, READ, FLUSH, RESUME, WRITE, FLUSH, DELETE, DELETE, DELETE],
         },
-        Life { shards: 2, creates: &[], requests: &[WRITE, FLUSH, READ] },
+        Life { shards: 2, creates: &[], checkpoints: false, requests: &[WRITE, FLUSH, READ] },
     ],
 };
 
@@ -68,11 +74,13 @@ pub const HOLES_AND_FETCHES: Scenario = Scenario {
         Life {
             shards: 2,
             creates: &[3, 3],
+            checkpoints: false,
             requests: &[DISCARD, FETCH, FETCH, FLUSH, ZERO, WRITE, FETCH, DISCARD, FLUSH, RATE, FETCH, FETCH, ZERO],
         },
         Life {
             shards: 1,
             creates: &[],
+            checkpoints: false,
             requests: &[FETCH, DISCARD, FLUSH, READ, DELETE, DELETE, DELETE, WRITE, FLUSH],
         },
     ],
@@ -86,15 +94,29 @@ pub const FRAGMENTS: Scenario = Scenario {
         Life {
             shards: 1,
             creates: &[4, 3],
+            checkpoints: false,
             requests: &[FLUSH, FLUSH, FLUSH, FLUSH, FLUSH, FLUSH, SCATTER, SCATTER, SCATTER, SCATTER, SCATTER],
         },
-        Life { shards: 2, creates: &[], requests: &[SCATTER, SCATTER, DISCARD, SCATTER] },
+        Life { shards: 2, creates: &[], checkpoints: false, requests: &[SCATTER, SCATTER, DISCARD, SCATTER] },
     ],
 };
 
 /// Many volumes at once: journal batches of several records over several disk sectors.
-pub const BATCHES: Scenario =
-    Scenario { name: "batches", seeds: 1004..1020, lives: &[Life { shards: 1, creates: &[8], requests: &[] }] };
+pub const BATCHES: Scenario = Scenario {
+    name: "batches",
+    seeds: 1004..1020,
+    lives: &[Life { shards: 1, creates: &[8], checkpoints: false, requests: &[] }],
+};
+
+/// Checkpoints in the middle of creations: what is being committed belongs in them.
+pub const CREATIONS_AND_CHECKPOINTS: Scenario = Scenario {
+    name: "creations_and_checkpoints",
+    seeds: 1020..1032,
+    lives: &[Life { shards: 1, creates: &[1, 2, 2, 1, 2], checkpoints: true, requests: &[] }],
+};
+
+/// The longest wait before such a checkpoint: a creation takes about as long.
+const CHECKPOINT_DELAY_MAX_US: u64 = 3000;
 
 /// Runs both passes for every seed; returns how many crash points there were.
 pub fn every_durable_point(scenario: &Scenario) -> Report {
@@ -143,7 +165,14 @@ async fn live(run: &Run, life: &Life) {
     let node = Rc::new(node);
     crate::inspector::watch(&run.world, 1, &node, &run.guests);
     for count in life.creates {
-        run.guests.create(&node, *count).await;
+        let checkpoint = async {
+            if life.checkpoints {
+                let delay = run.guests.below(CHECKPOINT_DELAY_MAX_US);
+                run.world.platform().sleep(Duration::from_micros(delay)).await;
+                node.shards[0].checkpoint_now().await;
+            }
+        };
+        futures::join!(run.guests.create(&node, *count), checkpoint);
     }
     for dice in life.requests {
         run.guests.request(&node, *dice).await;
