@@ -47,7 +47,7 @@ have() {
 
 ensure_build_tools() { ensure cc build-essential; }
 
-ensure_nbd_tools() { ensure nbdinfo libnbd-bin nbdcopy libnbd-bin; }
+ensure_nbd_tools() { ensure nbdinfo libnbd-bin nbdcopy libnbd-bin nbdsh python3-libnbd; }
 
 # The emulator has its own step: on a machine whose qemu-utils came from backports, Debian's qemu-system-x86 replaces
 # it, so qemu-img is looked for afterwards and not before.

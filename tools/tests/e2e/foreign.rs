@@ -1,4 +1,6 @@
-//! What NBD clients we did not write see of the volumes: libnbd's tools, QEMU's, fio.
+//! What NBD clients we did not write see of the volumes: libnbd's tools, QEMU's, fio. docs/nbd.md lists them.
+
+mod stress;
 
 use std::path::Path;
 
@@ -22,8 +24,8 @@ pub(crate) fn served(count: u32) -> (Site, Node, Agent) {
 }
 
 /// Copies a volume, or a file, with nbdcopy.
-fn nbdcopy(site: &Site, from: &str, to: &str) {
-    run_in(&site.path(""), "nbdcopy", &[from, to]).success();
+fn nbdcopy(site: &Site, options: &[&str], from: &str, to: &str) {
+    run_in(&site.path(""), "nbdcopy", &[options, &[from, to]].concat()).success();
 }
 
 /// Bytes of `volley:resident` that are resident, as `nbdinfo --map` sees them.
@@ -68,7 +70,7 @@ fn a_new_volume_reads_as_the_image_and_the_map_tells_what_is_there() {
     assert!(number(&before, "resident_bytes") < IMAGE_BYTES / 3, "{before}");
     assert!(mapped_resident_bytes(&site, &uri) < IMAGE_BYTES / 3);
 
-    nbdcopy(&site, &uri, "copy.raw");
+    nbdcopy(&site, &[], &uri, "copy.raw");
     assert_same(&site.path("image.raw"), &site.path("copy.raw"));
 
     node.wait_hydrated(&site, "web-0", "60s");
@@ -83,8 +85,8 @@ fn what_nbdcopy_writes_reads_back_and_stays_in_its_volume() {
     }
     let (site, _node, agent) = served(2);
     std::fs::write(site.path("other.raw"), noise(99, IMAGE_BYTES)).expect("write");
-    nbdcopy(&site, "other.raw", &agent.uri("web-0"));
-    nbdcopy(&site, &agent.uri("web-0"), "back.raw");
+    nbdcopy(&site, &[], "other.raw", &agent.uri("web-0"));
+    nbdcopy(&site, &[], &agent.uri("web-0"), "back.raw");
     assert_same(&site.path("other.raw"), &site.path("back.raw"));
     qemu_compare(&site, "image.raw", &agent.qemu_file("web-1"));
 }
@@ -102,7 +104,7 @@ fn a_hydrated_volume_is_a_raw_image_that_needs_no_object_store() {
     assert_eq!(number(&shown, "remaining_bytes"), 0);
 
     std::fs::rename(site.objects(), site.path("gone")).expect("take the object store away");
-    nbdcopy(&site, &agent.uri("web-0"), "copy.raw");
+    nbdcopy(&site, &[], &agent.uri("web-0"), "copy.raw");
     assert_same(&site.path("image.raw"), &site.path("copy.raw"));
 
     assert!(agent.stop().success());

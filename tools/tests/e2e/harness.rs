@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-pub(crate) use command::{Outcome, available, run, run_in, skip};
+pub(crate) use command::{Outcome, available, nbdsh, run, run_in, skip};
 pub(crate) use process::{Process, die_with_the_test};
 
 mod command;

@@ -79,6 +79,18 @@ pub(crate) fn run_in(dir: &Path, program: &str, args: &[&str]) -> Outcome {
     run(command)
 }
 
+/// Runs a Python script, a file of `dir`, in libnbd's shell: its scope has the module `nbd`.
+pub(crate) fn nbdsh(dir: &Path, script: &str, environment: &[(&str, &str)]) -> Outcome {
+    let mut command = Command::new("nbdsh");
+    command
+        .args(["-n", "-c", &format!("exec(compile(open('{script}').read(), '{script}', 'exec'))")])
+        .envs(environment.iter().copied())
+        .current_dir(dir);
+    // System paths first: nbdsh is a script of the system's Python, and another one before it lacks the module.
+    command.env("PATH", format!("/usr/bin:/bin:{}", std::env::var("PATH").unwrap_or_default()));
+    run(command)
+}
+
 /// Whether every one of these programs is installed. In CI a missing one is a failure; elsewhere the test says that it
 /// is skipped.
 pub(crate) fn available(programs: &[&str]) -> bool {
