@@ -3,12 +3,15 @@
 //!
 //! The reader parses every frame of a read at once; what needs no waiting is answered straight into the output buffer,
 //! the rest becomes a task each. The writer sends whatever has gathered in one write. Requests in flight, their bytes,
-//! and unsent replies are bounded: past a bound the reader stops reading, so the peer's socket fills, not our memory.
+//! and unsent replies are bounded, for each connection and for all of a shard: past a bound the reader stops reading, so
+//! the peer's socket fills, not our memory. A peer that stalls is closed.
 //! No bytes a peer sends may panic or stall the shard: they cost the sender its request or its connection.
 
 mod convert;
 mod reader;
 mod session;
+mod tally;
+mod watch;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -19,10 +22,12 @@ use std::time::Duration;
 use futures::future::{Either, poll_fn, select};
 use futures::task::AtomicWaker;
 
-use crate::limits::{CONNECTIONS_MAX, HELLO_DEADLINE, OUTPUT_BUFFER_KEPT_BYTES};
+use crate::limits::{CONNECTIONS_BYTES_MAX, CONNECTIONS_MAX, OUTPUT_BUFFER_KEPT_BYTES, WRITE_PIECE_BYTES};
 use crate::platform::{ByteWriter, Connection, Platform, Queue};
 use crate::shard::api::{ConnectionId, Handler};
 use session::Session;
+pub use tally::Refusal;
+use tally::Tally;
 
 /// All connections of one shard, and what happened on them.
 #[derive(Default)]
@@ -30,54 +35,10 @@ pub struct Connections {
     sessions: RefCell<BTreeMap<u64, Weak<Session>>>,
     next: Cell<u64>,
     changed: AtomicWaker,
-    accepted: Cell<u64>,
-    refused: [Cell<u64>; Refusal::ALL.len()],
-}
-
-/// Why a frame or a connection was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    TooManyConnections,
-    NoHello,
-    HelloLate,
-    UnsupportedVersion,
-    BadMagic,
-    DamagedFrame,
-    UndefinedBits,
-    FrameTooLong,
-    BadRequest,
-}
-
-impl Refusal {
-    const ALL: [Refusal; 9] = [
-        Refusal::TooManyConnections,
-        Refusal::NoHello,
-        Refusal::HelloLate,
-        Refusal::UnsupportedVersion,
-        Refusal::BadMagic,
-        Refusal::DamagedFrame,
-        Refusal::UndefinedBits,
-        Refusal::FrameTooLong,
-        Refusal::BadRequest,
-    ];
-
-    const fn metric(self) -> (&'static str, &'static str) {
-        match self {
-            Refusal::TooManyConnections => {
-                ("connections_refused_limit_total", "Connections closed at once: the shard has its maximum.")
-            }
-            Refusal::NoHello => ("connections_refused_no_hello_total", "Connections whose first frame was not HELLO."),
-            Refusal::HelloLate => ("connections_refused_hello_late_total", "Connections without HELLO in time."),
-            Refusal::UnsupportedVersion => {
-                ("connections_refused_version_total", "Connections of a protocol version not spoken here.")
-            }
-            Refusal::BadMagic => ("frames_refused_magic_total", "Connections closed: not the data port protocol."),
-            Refusal::DamagedFrame => ("frames_refused_checksum_total", "Frames that failed a checksum."),
-            Refusal::UndefinedBits => ("frames_refused_bits_total", "Frames with undefined bits set."),
-            Refusal::FrameTooLong => ("frames_refused_length_total", "Frames longer than the limits."),
-            Refusal::BadRequest => ("requests_malformed_total", "Sound frames whose content was no proper request."),
-        }
-    }
+    tally: Tally,
+    held_bytes: Cell<usize>,
+    /// The task that looks for stalled peers is running.
+    watched: Cell<bool>,
 }
 
 impl Connections {
@@ -87,33 +48,47 @@ impl Connections {
         self.sessions.borrow().len() as u64
     }
 
-    /// Metric name, help text and value of each counter.
+    /// Bytes that the shard holds for all of them, bounded by [`CONNECTIONS_BYTES_MAX`].
+    #[must_use]
+    pub fn held_bytes(&self) -> usize {
+        self.held_bytes.get()
+    }
+
+    /// Metric name with labels, help text and value of each counter.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, &'static str, u64)> {
-        let accepted = ("connections_accepted_total", "Connections accepted on the data port.", self.accepted.get());
-        let refused = Refusal::ALL.iter().map(|&refusal| {
-            let (name, help) = refusal.metric();
-            (name, help, self.count(refusal))
-        });
-        std::iter::once(accepted).chain(refused).collect()
+        self.tally.counters()
     }
 
     /// How often something was refused for this reason.
     #[must_use]
     pub fn count(&self, refusal: Refusal) -> u64 {
-        self.refused[refusal as usize].get()
+        self.tally.refused(refusal)
     }
 
     fn refuse(&self, refusal: Refusal) {
-        let counter = &self.refused[refusal as usize];
-        counter.set(counter.get() + 1);
+        self.tally.refuse(refusal);
+    }
+
+    fn sessions(&self) -> Vec<Rc<Session>> {
+        self.sessions.borrow().values().filter_map(Weak::upgrade).collect()
+    }
+
+    fn hold(&self, bytes: usize) {
+        self.held_bytes.set(self.held_bytes.get() + bytes);
+    }
+
+    fn release(&self, bytes: usize) {
+        let before = self.held_bytes.get();
+        self.held_bytes.set(before - bytes);
+        if before >= CONNECTIONS_BYTES_MAX && self.held_bytes.get() < CONNECTIONS_BYTES_MAX {
+            self.sessions().iter().for_each(|session| session.look_for_room());
+        }
     }
 
     /// Closes every connection once its replies have left, or after `limit`.
     pub async fn close_all<P: Platform>(&self, platform: &P, limit: Duration) {
-        for session in self.sessions.borrow().values().filter_map(Weak::upgrade) {
-            session.close_when_flushed();
-        }
+        self.sessions().iter().for_each(|session| session.close_when_flushed());
         let all_closed = poll_fn(|context| {
             self.changed.register(context.waker());
             if self.sessions.borrow().is_empty() { Poll::Ready(()) } else { Poll::Pending }
@@ -123,16 +98,23 @@ impl Connections {
         }
     }
 
-    fn admit(&self, session: &Rc<Session>) -> Option<u64> {
-        let mut sessions = self.sessions.borrow_mut();
-        if sessions.len() >= CONNECTIONS_MAX {
-            return None;
+    /// `false`: there are too many, and every one of them has said HELLO. Of those that have not, the oldest makes room:
+    /// strangers that connect and say nothing keep no host away.
+    fn make_room(&self) -> bool {
+        if self.sessions.borrow().len() < CONNECTIONS_MAX {
+            return true;
         }
+        self.refuse(Refusal::TooManyConnections);
+        let silent = self.sessions().into_iter().find(|session| session.awaits_hello());
+        silent.inspect(|session| session.hang_up()).is_some()
+    }
+
+    fn admit(&self, session: &Rc<Session>) -> u64 {
         let id = self.next.get();
         self.next.set(id + 1);
-        sessions.insert(id, Rc::downgrade(session));
-        self.accepted.set(self.accepted.get() + 1);
-        Some(id)
+        self.sessions.borrow_mut().insert(id, Rc::downgrade(session));
+        self.tally.accept();
+        id
     }
 
     fn leave(&self, id: u64) {
@@ -148,56 +130,55 @@ pub fn serve<P: Platform, H: Handler>(
     handler: &H,
     connection: impl Connection,
 ) {
-    let session = Rc::new(Session::default());
     let peer = connection.peer();
-    let Some(id) = connections.admit(&session) else {
-        connections.refuse(Refusal::TooManyConnections);
+    if !connections.make_room() {
         tracing::warn!(peer, max = CONNECTIONS_MAX, "connection refused: too many");
         return;
-    };
+    }
+    let hang_up = Box::new(connection.hang_up());
+    let session = Rc::new(Session::new(connections, peer, platform.now(), hang_up));
+    let id = connections.admit(&session);
     let from = ConnectionId::new(handler.shard(), id);
     let (reader, writer) = connection.split();
     platform.spawn(Queue::Serve, {
         let (platform, connections, handler, session) =
             (platform.clone(), connections.clone(), handler.clone(), session.clone());
         async move {
-            reader::read_requests(platform, &connections, &handler, &session, reader, (from, &peer)).await;
+            reader::read_requests(platform, &connections, &handler, &session, reader, from).await;
             for volume in session.end_reading() {
                 handler.connection_lost(volume, from);
             }
         }
     });
-    platform.spawn(Queue::Serve, watch_hello(platform.clone(), connections.clone(), Rc::downgrade(&session)));
-    let connections = connections.clone();
-    platform.spawn(Queue::Serve, async move {
-        write_replies(&session, writer).await;
-        connections.leave(id);
+    if !connections.watched.replace(true) {
+        platform.spawn(Queue::Serve, watch::watch(platform.clone(), connections.clone()));
+    }
+    platform.spawn(Queue::Serve, {
+        let (platform, connections) = (platform.clone(), connections.clone());
+        async move {
+            write_replies(&platform, &session, writer).await;
+            connections.leave(id);
+        }
     });
 }
 
-/// Closes a connection that has not said HELLO in time.
-async fn watch_hello<P: Platform>(platform: P, connections: Rc<Connections>, session: Weak<Session>) {
-    platform.sleep(HELLO_DEADLINE).await;
-    if let Some(session) = session.upgrade().filter(|session| session.awaits_hello()) {
-        connections.refuse(Refusal::HelloLate);
-        session.close_when_flushed();
-    }
-}
-
-/// Sends all replies that have gathered in one write, until there will be no more.
-async fn write_replies(session: &Session, mut writer: impl ByteWriter) {
+/// Sends all replies that have gathered in one go, until there will be no more.
+async fn write_replies<P: Platform>(platform: &P, session: &Session, mut writer: impl ByteWriter) {
     let mut sending = Vec::new();
-    while session.next_output(&mut sending).await {
-        if let Err(error) = writer.write_all(&sending).await {
-            tracing::debug!(%error, "connection lost while writing");
-            break;
+    'replies: while session.next_output(&mut sending).await {
+        for piece in sending.chunks(WRITE_PIECE_BYTES) {
+            session.set_sending(Some(platform.now()));
+            if let Err(error) = writer.write_all(piece).await {
+                tracing::debug!(%error, "connection lost while writing");
+                break 'replies;
+            }
         }
+        session.set_sending(None);
         sending.clear();
         if sending.capacity() > OUTPUT_BUFFER_KEPT_BYTES {
             sending = Vec::new();
         }
     }
-    session.broken();
     // Both directions, so that a reader waiting for the peer ends too.
-    writer.shutdown().await;
+    session.broken();
 }

@@ -6,6 +6,7 @@
 
 mod create;
 mod extract;
+mod http;
 mod node;
 mod problem;
 mod references;
@@ -68,6 +69,7 @@ struct Inner {
     /// Also serialises creation with the upkeep that drops unneeded references.
     references: tokio::sync::Mutex<References>,
     upkeep_due: tokio::sync::Notify,
+    http: Arc<http::Tally>,
 }
 
 impl Control {
@@ -87,6 +89,7 @@ impl Control {
             next_store: AtomicUsize::new(0),
             references: tokio::sync::Mutex::new(References::default()),
             upkeep_due: tokio::sync::Notify::new(),
+            http: Arc::default(),
         }))
     }
 
@@ -97,10 +100,9 @@ impl Control {
     pub async fn serve(&self, listener: std::net::TcpListener, stop: impl Future<Output = ()>) -> io::Result<()> {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
-        let server = axum::serve(listener, self.router());
         futures::pin_mut!(stop);
         tokio::select! {
-            served = server.into_future() => served?,
+            never = http::serve(listener, self.router(), self.0.http.clone()) => match never {},
             () = self.keep_references() => {}
             () = &mut stop => {}
         }

@@ -14,8 +14,21 @@ pub const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// the largest requests keep a disk busy; whoever asks for more, or does not read, waits in its own socket.
 pub const CONNECTION_BYTES_MAX: usize = 16 << 20;
 
+/// Bytes that all connections of one shard may make it hold together. Past it, no connection gets room for another
+/// request until another one's has left. With the frames that had their buffers by then it is at most twice this.
+pub const CONNECTIONS_BYTES_MAX: usize = 256 << 20;
+
+/// A peer that owes the rest of a frame, or does not take [`WRITE_PIECE_BYTES`] of its replies, for this long is closed.
+pub const STALL_MAX: Duration = Duration::from_secs(30);
+
+/// The same for peers that hold memory while the shard has none left for others.
+pub const STALL_PRESSED_MAX: Duration = Duration::from_secs(1);
+
+/// Replies are written in pieces of at most this: each that is taken counts as progress of the peer.
+pub const WRITE_PIECE_BYTES: usize = 256 << 10;
+
 /// A receive buffer's size until a larger frame comes: hundreds of the hot requests (65 bytes), and thousands of idle
-/// connections stay cheap.
+/// connections stay cheap. What a buffer grows beyond this counts as held.
 pub const RECEIVE_BUFFER_BYTES: usize = 64 << 10;
 
 /// An output buffer that grew beyond this is given back after its write.

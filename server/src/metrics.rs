@@ -18,6 +18,9 @@ use crate::shard::api::ShardStats;
 
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// Name, kind, help text and value of a metric without labels.
+pub type Metric = (&'static str, &'static str, &'static str, u64);
+
 /// Space of one volume store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreGauges {
@@ -60,7 +63,7 @@ pub fn space_of(path: &Path) -> io::Result<SpaceInfo> {
 
 /// Encodes everything.
 #[must_use]
-pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], started_unix_ms: u64) -> String {
+pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], of_process: &[Metric], started_unix_ms: u64) -> String {
     let mut out = String::with_capacity(16 << 10);
     family(
         &mut out,
@@ -86,6 +89,9 @@ pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], started_unix_ms: u64
     family(&mut out, "volley_store_capacity_bytes", "gauge", capacity, of_store(|s| s.capacity_bytes));
     let free = "Free bytes of the file system of a volume store.";
     family(&mut out, "volley_store_free_bytes", "gauge", free, of_store(|s| s.free_bytes));
+    for (name, kind, help, value) in of_process {
+        plain(&mut out, &format!("volley_{name}"), kind, help, value);
+    }
     process(&mut out, started_unix_ms);
     out
 }
@@ -94,20 +100,26 @@ fn shard_gauge(out: &mut String, stats: &[ShardStats], name: &str, help: &str, v
     family(out, name, "gauge", help, stats.iter().map(|s| (shard_label(s), value(s))));
 }
 
-/// What the shards report by name, one family per name over all shards.
+/// What the shards report by name, which may carry labels of its own: one family per name over all shards.
 fn reported(
     out: &mut String,
     stats: &[ShardStats],
     kind: &str,
     of: fn(&ShardStats) -> &Vec<(&'static str, &'static str, u64)>,
 ) {
-    let names: BTreeMap<&str, &str> = stats.iter().flat_map(of).map(|(name, help, _)| (*name, *help)).collect();
-    for (name, help) in names {
-        let sample = |shard: &ShardStats| {
-            let found = of(shard).iter().find(|(candidate, _, _)| *candidate == name);
-            found.map(|(_, _, value)| (shard_label(shard), *value))
-        };
-        family(out, &format!("volley_{name}"), kind, help, stats.iter().filter_map(sample));
+    type Samples = Vec<(String, u64)>;
+    let mut families: BTreeMap<&str, (&str, Samples)> = BTreeMap::new();
+    for shard in stats {
+        for (name, help, value) in of(shard) {
+            let (name, labels) = match name.split_once('{') {
+                Some((name, labels)) => (name, format!("{},{}", shard_label(shard), labels.trim_end_matches('}'))),
+                None => (*name, shard_label(shard)),
+            };
+            families.entry(name).or_insert((help, Vec::new())).1.push((labels, *value));
+        }
+    }
+    for (name, (help, samples)) in families {
+        family(out, &format!("volley_{name}"), kind, help, samples);
     }
 }
 
@@ -180,7 +192,11 @@ mod tests {
         ShardStats {
             shard,
             volumes: 3,
-            counters: vec![("guest_reads_total", "Reads of guests.", reads)],
+            counters: vec![
+                ("guest_reads_total", "Reads of guests.", reads),
+                ("frames_refused_total{reason=\"magic\"}", "Frames refused.", 2),
+                ("frames_refused_total{reason=\"body\"}", "Frames refused.", 3),
+            ],
             gauges: vec![("cache_ram_bytes", "Bytes of chunks in RAM.", 4096)],
             ..ShardStats::default()
         }
@@ -189,10 +205,11 @@ mod tests {
     #[test]
     fn one_family_covers_all_shards() {
         let store = StoreGauges { label: "a\"b".to_string(), capacity_bytes: 10, free_bytes: 5 };
-        let text = encode(&[stats(0, 17), stats(1, 4)], &[store], 1_500);
+        let text = encode(&[stats(0, 17), stats(1, 4)], &[store], &[], 1_500);
         let family = "# HELP volley_guest_reads_total Reads of guests.\n# TYPE volley_guest_reads_total counter\n\
                       volley_guest_reads_total{shard=\"0\"} 17\nvolley_guest_reads_total{shard=\"1\"} 4\n";
         assert!(text.contains(family), "{text}");
+        assert!(text.contains("volley_frames_refused_total{shard=\"1\",reason=\"body\"} 3\n"), "{text}");
         assert!(text.contains("volley_cache_ram_bytes{shard=\"1\"} 4096\n"), "{text}");
         assert!(text.contains("volley_store_free_bytes{store=\"a\\\"b\"} 5\n"), "{text}");
         assert!(text.contains("volley_process_start_time_seconds 1.5\n"), "{text}");
@@ -201,7 +218,7 @@ mod tests {
 
     #[test]
     fn every_family_is_announced_once_and_has_lines_prometheus_can_parse() {
-        let text = encode(&[stats(0, 1), stats(1, 2)], &[], 0);
+        let text = encode(&[stats(0, 1), stats(1, 2)], &[], &[("http_connections", "gauge", "Open.", 3)], 0);
         let mut types = std::collections::HashSet::new();
         for line in text.lines() {
             if let Some(rest) = line.strip_prefix("# TYPE ") {

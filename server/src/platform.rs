@@ -119,6 +119,8 @@ pub trait Connection: 'static {
     type Writer: ByteWriter;
     fn split(self) -> (Self::Reader, Self::Writer);
     fn peer(&self) -> String;
+    /// What closes the connection in both directions: a read that waits ends, a write that waits fails.
+    fn hang_up(&self) -> impl Fn() + 'static;
 }
 
 pub trait ByteReader: 'static {
@@ -128,6 +130,4 @@ pub trait ByteReader: 'static {
 
 pub trait ByteWriter: 'static {
     fn write_all(&mut self, buf: &[u8]) -> impl Future<Output = io::Result<()>>;
-    /// Closes both directions, so that the reader half ends too.
-    fn shutdown(&mut self) -> impl Future<Output = ()>;
 }

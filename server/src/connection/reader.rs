@@ -12,7 +12,7 @@ use volley_protocol::{self as wire, Decoded, Frame, FrameError, HEADER_BYTES, Op
 use super::session::Session;
 use super::{Connections, Refusal, convert};
 use crate::error::Result;
-use crate::limits::RECEIVE_BUFFER_BYTES;
+use crate::limits::{CONNECTIONS_BYTES_MAX, RECEIVE_BUFFER_BYTES};
 use crate::platform::{ByteReader, Platform, Queue};
 use crate::shard::api::{ConnectionId, Handler, Reply, Request};
 use crate::types::VolumeId;
@@ -28,19 +28,23 @@ pub(super) async fn read_requests<P: Platform, H: Handler>(
     handler: &H,
     session: &Rc<Session>,
     mut reader: impl ByteReader,
-    (id, peer): (ConnectionId, &str),
+    id: ConnectionId,
 ) {
-    let dispatcher = Dispatcher { platform: &platform, connections, handler, session, id, peer };
+    let dispatcher = Dispatcher { platform: &platform, connections, handler, session, id };
     let mut buffer = ReceiveBuffer::new();
     loop {
         if dispatcher.take_frames(&mut buffer).await.is_break() {
             return;
         }
+        if buffer.is_large() && connections.held_bytes() > CONNECTIONS_BYTES_MAX / 2 {
+            session.release(buffer.shrink());
+        }
+        session.hold(buffer.grow());
         match reader.read(buffer.free_space()).await {
             Ok(0) => return,
             Ok(len) => buffer.filled(len),
             Err(error) => {
-                tracing::debug!(peer, %error, "connection lost");
+                tracing::debug!(peer = session.peer(), %error, "connection lost");
                 return;
             }
         }
@@ -76,15 +80,33 @@ impl ReceiveBuffer {
         self.start += len;
     }
 
+    fn is_large(&self) -> bool {
+        self.bytes.len() > RECEIVE_BUFFER_BYTES
+    }
+
+    /// Gives back what an earlier frame needed, unless another one has begun; returns how many bytes.
+    fn shrink(&mut self) -> usize {
+        if self.start < self.end {
+            return 0;
+        }
+        let len = self.bytes.len();
+        *self = ReceiveBuffer::new();
+        len - self.bytes.len()
+    }
+
+    /// Makes room for the frame at the start; returns by how many bytes the buffer grew.
+    fn grow(&mut self) -> usize {
+        let more = self.wanted.saturating_sub(self.bytes.len());
+        self.bytes.resize(self.bytes.len() + more, 0);
+        more
+    }
+
     /// Never empty: the frame at the start fits, with at least one byte to come.
     fn free_space(&mut self) -> &mut [u8] {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-        }
-        if self.bytes.len() < self.wanted {
-            self.bytes.resize(self.wanted, 0);
         }
         &mut self.bytes[self.end..]
     }
@@ -100,23 +122,25 @@ struct Dispatcher<'a, P, H> {
     handler: &'a H,
     session: &'a Rc<Session>,
     id: ConnectionId,
-    peer: &'a str,
 }
 
 impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
     /// Serves every whole frame in the buffer, with room for each.
     async fn take_frames(&self, buffer: &mut ReceiveBuffer) -> ControlFlow<()> {
         loop {
-            if !self.session.room().await {
+            if !self.session.room(buffer.is_large()).await {
                 return ControlFlow::Break(());
             }
             let consumed = match wire::decode(buffer.unparsed()) {
                 Ok(Decoded::Frame(frame)) => {
+                    self.session.set_receiving(None);
                     self.frame(&frame)?;
                     frame.len()
                 }
                 Ok(Decoded::NeedMore(more)) => {
                     buffer.need(more);
+                    let begun = !buffer.unparsed().is_empty();
+                    self.session.set_receiving(begun.then(|| self.platform.now()));
                     return ControlFlow::Continue(());
                 }
                 Err(error) => {
@@ -143,7 +167,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
             }
             Err(error) => {
                 self.connections.refuse(Refusal::BadRequest);
-                self.session.reply(|out| encode::reply_error(out, op, request_id, error.status, &error.message));
+                self.session.reply_error(op, request_id, error.status, &error.message);
                 if self.session.awaits_hello() {
                     self.session.close_when_flushed();
                     return ControlFlow::Break(());
@@ -158,7 +182,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
         if !self.session.awaits_hello() {
             self.connections.refuse(Refusal::BadRequest);
             let message = "HELLO was said before on this connection";
-            self.session.reply(|out| encode::reply_error(out, op, request_id, Status::Invalid, message));
+            self.session.reply_error(op, request_id, Status::Invalid, message);
             return ControlFlow::Continue(());
         }
         let (oldest, newest) = (hello.version_min.to_native(), hello.version_max.to_native());
@@ -177,7 +201,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
             let message = format!("client name of {} bytes exceeds {CLIENT_NAME_BYTES_MAX}", client.len());
             return self.refuse_and_close(op, request_id, Status::Invalid, &message);
         }
-        tracing::debug!(peer = self.peer, client, version, "connected");
+        tracing::debug!(peer = self.session.peer(), client, version, "connected");
         self.session.set_greeted();
         let reply = HelloReply {
             version,
@@ -196,6 +220,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
 
     fn request(&self, op: Op, request_id: u64, request: Request) {
         if let Some(outcome) = self.handler.try_now(&request) {
+            self.session.note_outcome(&outcome);
             self.session.reply(|out| convert::reply(out, op, request_id, outcome));
             return;
         }
@@ -209,6 +234,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
             };
             let outcome = handler.handle(request, from).await;
             note_attachment(&handler, &session, (op, from), detached, &outcome);
+            session.note_outcome(&outcome);
             session.reply(|out| convert::reply(out, op, request_id, outcome));
             session.end(bytes);
         });
@@ -216,7 +242,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
 
     /// The stream holds no further frame borders: says why where the sender can still be told, and closes.
     fn broken_stream(&self, unparsed: &[u8], error: &FrameError) {
-        tracing::warn!(peer = self.peer, %error, "closing a connection that broke the protocol");
+        tracing::warn!(peer = self.session.peer(), %error, "closing a connection that broke the protocol");
         let (refusal, status) = match error {
             FrameError::Magic { .. } => (Refusal::BadMagic, Status::Invalid),
             FrameError::HeaderCrc { .. } | FrameError::BodyCrc { .. } | FrameError::PayloadCrc { .. } => {
@@ -232,14 +258,14 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
         // With a sound header checksum the request is known, whatever else is wrong.
         let header_is_sound = !matches!(error, FrameError::Magic { .. } | FrameError::HeaderCrc { .. });
         if let Some((op, request_id)) = identity(unparsed).filter(|_| header_is_sound) {
-            self.session.reply(|out| encode::reply_error(out, op, request_id, status, &error.to_string()));
+            self.session.reply_error(op, request_id, status, &error.to_string());
         }
         self.session.close_when_flushed();
     }
 
     fn refuse_and_close(&self, op: u8, request_id: u64, status: Status, message: &str) -> ControlFlow<()> {
-        tracing::warn!(peer = self.peer, message, "connection refused");
-        self.session.reply(|out| encode::reply_error(out, op, request_id, status, message));
+        tracing::warn!(peer = self.session.peer(), message, "connection refused");
+        self.session.reply_error(op, request_id, status, message);
         self.session.close_when_flushed();
         ControlFlow::Break(())
     }

@@ -1,5 +1,7 @@
 //! Request parts of the API's handlers, whose rejections are problems like every other error.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
@@ -7,6 +9,9 @@ use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
 
 use super::problem::Problem;
+
+/// A client that has not sent the few hundred bytes of its request by then is answered without them.
+const BODY_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A JSON body. Its errors name the field.
 pub(super) struct Body<T>(pub T);
@@ -21,7 +26,8 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        let parsed: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
+        let parsed = tokio::time::timeout(BODY_DEADLINE, Json::from_request(request, state)).await;
+        let parsed: Result<Json<T>, JsonRejection> = parsed.map_err(|_| Problem::body_late(BODY_DEADLINE))?;
         parsed.map(|Json(body)| Body(body)).map_err(|e| Problem::of_rejection(e.status(), e.body_text()))
     }
 }

@@ -1,5 +1,7 @@
 //! Errors of the HTTP API: `application/problem+json` with a stable code.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
@@ -50,6 +52,12 @@ impl Problem {
             StatusCode::UNSUPPORTED_MEDIA_TYPE => Problem { http, code: "unsupported_media_type", detail },
             _ => Problem::invalid(detail),
         }
+    }
+
+    /// The body of a request did not come in time.
+    pub(super) fn body_late(limit: Duration) -> Problem {
+        let detail = format!("the body of the request did not arrive within {} s", limit.as_secs());
+        Problem { http: StatusCode::REQUEST_TIMEOUT, code: "request_timeout", detail }
     }
 
     pub(super) async fn unknown_route(uri: Uri) -> Problem {

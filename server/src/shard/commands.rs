@@ -300,6 +300,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             connections: self.0.connections.open(),
             counters,
             gauges: vec![
+                (
+                    "connections_held_bytes",
+                    "Bytes held for peers: requests, replies not taken yet, large receive buffers.",
+                    self.0.connections.held_bytes() as u64,
+                ),
                 ("cache_ram_bytes", "Bytes of verified chunks in the RAM cache.", cached),
                 ("fetches_queued", "Chunks waiting for a GET.", queued),
                 ("object_gets_in_flight", "GETs in flight to the object store.", gets),

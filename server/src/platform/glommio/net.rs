@@ -12,6 +12,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
+use futures::FutureExt;
 use futures::future::poll_fn;
 use futures::io::{AsyncRead, AsyncWrite};
 use glommio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -127,16 +128,13 @@ impl Stream {
         }
     }
 
-    fn poll_shutdown(&self, context: &mut Context<'_>) -> Poll<()> {
-        // The peer may have closed first: there is nothing left to shut down then.
-        match self {
-            Stream::Tcp(stream) => stream.poll_shutdown(context, Shutdown::Both).map(drop),
-            // For unix sockets glommio has only the future, which is ready at its first poll.
-            Stream::Unix(stream) => {
-                let mut shutdown = std::pin::pin!(stream.shutdown(Shutdown::Both));
-                shutdown.as_mut().poll(context).map(drop)
-            }
-        }
+    fn shut_down(&self) {
+        // glommio's futures only do the system call, at their first poll. The peer may have closed first: there is
+        // nothing left to shut down then.
+        let _ = match self {
+            Stream::Tcp(stream) => stream.shutdown(Shutdown::Both).now_or_never(),
+            Stream::Unix(stream) => stream.shutdown(Shutdown::Both).now_or_never(),
+        };
     }
 }
 
@@ -167,6 +165,11 @@ impl Connection for GlommioConnection {
     fn peer(&self) -> String {
         self.peer.clone()
     }
+
+    fn hang_up(&self) -> impl Fn() + 'static {
+        let stream = self.stream.clone();
+        move || stream.borrow().shut_down()
+    }
 }
 
 pub struct StreamReader {
@@ -194,9 +197,5 @@ impl ByteWriter for StreamWriter {
             rest = &rest[written..];
         }
         Ok(())
-    }
-
-    async fn shutdown(&mut self) {
-        poll_fn(|context| self.stream.borrow_mut().poll_shutdown(context)).await;
     }
 }

@@ -107,6 +107,16 @@ impl Connection for SimConnection {
     fn peer(&self) -> String {
         self.peer.to_owned()
     }
+
+    fn hang_up(&self) -> impl Fn() + 'static {
+        let pipes = [self.writer.outgoing.clone(), self.writer.incoming.clone()];
+        move || {
+            for pipe in &pipes {
+                pipe.borrow_mut().closed = true;
+                wake_all(pipe);
+            }
+        }
+    }
 }
 
 impl ByteReader for SimReader {
@@ -172,13 +182,6 @@ impl ByteWriter for SimWriter {
             wake_all(&self.outgoing);
         }
         Ok(())
-    }
-
-    async fn shutdown(&mut self) {
-        for pipe in [&self.outgoing, &self.incoming] {
-            pipe.borrow_mut().closed = true;
-            wake_all(pipe);
-        }
     }
 }
 
