@@ -198,13 +198,25 @@ impl Config {
     /// # Errors
     /// One line that names the file or flag, the key, and what is wrong with it.
     pub fn load(file: Option<&Path>, overrides: &Overrides) -> Result<Config, ConfigError> {
-        let mut config = match file {
+        let config = match file {
             Some(path) => Config::read(path)?,
             None => Config::default(),
         };
-        config.apply(overrides)?;
-        config.check()?;
-        Ok(config)
+        config.accept(overrides)
+    }
+
+    /// Like [`Config::load`] of a file with this text.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_text(text: &str, overrides: &Overrides) -> Result<Config, ConfigError> {
+        Config::parse(text)?.accept(overrides)
+    }
+
+    fn accept(mut self, overrides: &Overrides) -> Result<Config, ConfigError> {
+        self.apply(overrides)?;
+        self.check()?;
+        Ok(self)
     }
 
     #[allow(clippy::disallowed_methods)] // Before any shard exists.

@@ -10,7 +10,7 @@ use tracing::debug;
 use super::backend::{Backend, ErrorKind, ExportError};
 use super::exports::{Exports, Lease};
 use super::negotiation::{self, ClientOption, ContextQuery, Contexts, InfoRequest, Refusal};
-use super::reply::Encoder;
+use super::reply::{self, Encoder};
 use super::wire::{self, handshake_flag, option, option_reply};
 
 /// A peer that says nothing for so long before it has chosen an export gives its place to others.
@@ -81,7 +81,9 @@ impl<E> Outcome<E> {
     fn refused(option: u32, refusal: &Refusal) -> Outcome<E> {
         debug!(option, "option refused: {}", refusal.message);
         let mut out = Vec::new();
-        negotiation::push_reply(&mut out, option, refusal.reply, refusal.message.as_bytes());
+        // A long name is quoted with escapes: clients end the connection over a longer text than the protocol has.
+        let text = reply::truncate(&refusal.message, wire::STRING_BYTES_MAX);
+        negotiation::push_reply(&mut out, option, refusal.reply, text.as_bytes());
         // EXPORT_NAME has no way to say no but to hang up.
         if option == option::EXPORT_NAME { Outcome::Close(Vec::new()) } else { Outcome::Continue(out) }
     }

@@ -155,7 +155,8 @@ fn chunk_header(flags: u16, kind: u16, cookie: u64, len: usize) -> Vec<u8> {
     head
 }
 
-fn truncate(text: &str, bytes_max: usize) -> &str {
+/// The longest start of `text` that is no longer than `bytes_max`.
+pub(super) fn truncate(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
 

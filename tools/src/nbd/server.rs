@@ -101,9 +101,9 @@ async fn accept_one(listener: &Listener) -> io::Result<(Reader, Writer, String)>
 }
 
 /// One connection from handshake to end. Whatever ends it, its lease is given back.
-async fn serve_one<B: Backend>(
-    reader: Reader,
-    mut writer: Writer,
+pub async fn serve_one<B: Backend>(
+    reader: impl AsyncRead + Send + Unpin,
+    mut writer: impl AsyncWrite + Send + Unpin + 'static,
     peer: String,
     exports: Arc<Exports<B>>,
     mut stop: watch::Receiver<bool>,
