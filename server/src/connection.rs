@@ -48,7 +48,7 @@ impl Connections {
         self.sessions.borrow().len() as u64
     }
 
-    /// Bytes that the shard holds for all of them, bounded by [`CONNECTIONS_BYTES_MAX`].
+    /// Bytes that the shard holds for all of them; [`CONNECTIONS_BYTES_MAX`] bounds them.
     #[must_use]
     pub fn held_bytes(&self) -> usize {
         self.held_bytes.get()
@@ -81,7 +81,8 @@ impl Connections {
     fn release(&self, bytes: usize) {
         let before = self.held_bytes.get();
         self.held_bytes.set(before - bytes);
-        if before >= CONNECTIONS_BYTES_MAX && self.held_bytes.get() < CONNECTIONS_BYTES_MAX {
+        let falls_below = |bound: usize| before >= bound && self.held_bytes.get() < bound;
+        if falls_below(CONNECTIONS_BYTES_MAX) || falls_below(2 * CONNECTIONS_BYTES_MAX) {
             self.sessions().iter().for_each(|session| session.look_for_room());
         }
     }

@@ -14,9 +14,13 @@ pub const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// the largest requests keep a disk busy; whoever asks for more, or does not read, waits in its own socket.
 pub const CONNECTION_BYTES_MAX: usize = 16 << 20;
 
-/// Bytes that all connections of one shard may make it hold together. Past it, no connection gets room for another
-/// request until another one's has left. With the frames that had their buffers by then it is at most twice this.
+/// Bytes that all connections of one shard may make it hold together. Past it, only a connection that holds nearly
+/// nothing gets room for another request, and past twice this none, until others have left. With the copies of the
+/// frames that had their buffers by then it is at most four times this.
 pub const CONNECTIONS_BYTES_MAX: usize = 256 << 20;
+
+/// A connection that holds less is a light one: what heavy ones hold is not to keep it waiting.
+pub const LIGHT_CONNECTION_BYTES_MAX: usize = 64 << 10;
 
 /// A peer that owes the rest of a frame, or does not take [`WRITE_PIECE_BYTES`] of its replies, for this long is closed.
 pub const STALL_MAX: Duration = Duration::from_secs(30);

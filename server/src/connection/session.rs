@@ -12,7 +12,7 @@ use volley_protocol::{Status, encode};
 
 use super::Connections;
 use crate::error::Result;
-use crate::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_BYTES_MAX};
+use crate::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_BYTES_MAX, LIGHT_CONNECTION_BYTES_MAX};
 use crate::platform::Time;
 use crate::shard::api::Reply;
 use crate::types::VolumeId;
@@ -162,9 +162,10 @@ impl Session {
 
     /// `admitted`: the frame has its buffer, so the shard's bound was asked before.
     fn has_room(&self, admitted: bool) -> bool {
-        self.in_flight.get() < IN_FLIGHT_MAX as usize
-            && self.held_bytes.get() < CONNECTION_BYTES_MAX
-            && (admitted || self.connections.held_bytes() < CONNECTIONS_BYTES_MAX)
+        let (held, of_all) = (self.held_bytes.get(), self.connections.held_bytes());
+        let light = held < LIGHT_CONNECTION_BYTES_MAX;
+        let most = if light { 2 * CONNECTIONS_BYTES_MAX } else { CONNECTIONS_BYTES_MAX };
+        self.in_flight.get() < IN_FLIGHT_MAX as usize && held < CONNECTION_BYTES_MAX && (admitted || of_all < most)
     }
 
     /// Waits until another request may be taken on. `false`: the connection is ending.

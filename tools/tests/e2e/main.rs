@@ -10,6 +10,7 @@ mod errors;
 mod faults;
 mod foreign;
 mod harness;
+mod hostile;
 mod image_file;
 mod images;
 mod lifecycle;

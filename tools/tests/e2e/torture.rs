@@ -6,16 +6,16 @@
 //! `VOLLEY_TORTURE_ROUNDS` kills per file system (default 30), `VOLLEY_TORTURE_SEED` the requests; tools/torture sets them.
 
 mod disk;
-mod guest;
+pub(crate) mod guest;
 mod kills;
 mod model;
-mod random;
+pub(crate) mod random;
 mod resources;
 mod stops;
-mod workers;
+pub(crate) mod workers;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use disk::{Disk, FileSystem};
@@ -30,21 +30,23 @@ const IMAGE_BYTES: u64 = 48 * MIB;
 const WORKERS_PER_VOLUME: u64 = 3;
 
 /// One tortured node: its disk, its agent, and what its guests write on it.
-struct Arena {
-    site: Site,
+pub(crate) struct Arena {
+    pub(crate) site: Site,
     /// Where the node keeps its data or its store; `None`: in the test's folder.
     disk: Option<Disk>,
-    options: NodeOptions,
+    pub(crate) options: NodeOptions,
     image: Arc<Vec<u8>>,
     tolerance: Arc<Tolerance>,
     agents_killed: Arc<std::sync::atomic::AtomicU64>,
-    answered: Arc<std::sync::atomic::AtomicU64>,
-    rng: Random,
+    pub(crate) answered: Arc<std::sync::atomic::AtomicU64>,
+    /// Of requests answered, in no order.
+    pub(crate) latencies: Arc<Mutex<Vec<Duration>>>,
+    pub(crate) rng: Random,
 }
 
 impl Arena {
     /// A site with an imported image. Data lie on the disk, if there is one; `rate` is that of hydration.
-    fn new(disk: Option<Disk>, rate: &'static str, seed: u64) -> Arena {
+    pub(crate) fn new(disk: Option<Disk>, rate: &'static str, seed: u64) -> Arena {
         let site = Site::new();
         let image = site.path("image.raw");
         write_image(&image, IMAGE_BYTES, seed);
@@ -57,8 +59,8 @@ impl Arena {
         }
         let rng = Random::new(seed);
         eprintln!("torture: seed {seed}");
-        let (tolerance, agents_killed, answered) = Default::default();
-        Arena { site, disk, options, image, tolerance, agents_killed, answered, rng }
+        let (tolerance, agents_killed, answered, latencies) = Default::default();
+        Arena { site, disk, options, image, tolerance, agents_killed, answered, latencies, rng }
     }
 
     fn place(&self, agent: &Agent, export: &str) -> Place {
@@ -69,11 +71,12 @@ impl Arena {
             tolerance: self.tolerance.clone(),
             agents_killed: self.agents_killed.clone(),
             answered: self.answered.clone(),
+            latencies: self.latencies.clone(),
         }
     }
 
     /// Creates volumes and starts their workers.
-    fn populate(&mut self, node: &Node, agent: &Agent, prefix: &str, count: u32) -> Vec<Workers> {
+    pub(crate) fn populate(&mut self, node: &Node, agent: &Agent, prefix: &str, count: u32) -> Vec<Workers> {
         node.create(&self.site, "debian-12", count, prefix);
         let places: Vec<_> = (0..count).map(|n| self.place(agent, &format!("{prefix}{n}"))).collect();
         places.iter().map(|place| Workers::start(place, WORKERS_PER_VOLUME, self.rng.below(u64::MAX))).collect()
@@ -86,7 +89,7 @@ impl Arena {
     }
 
     /// Ends the load, hydrates everything, stops the node in order, and compares every raw file with the model.
-    fn judge(&self, node: Node, workers: Vec<Workers>) {
+    pub(crate) fn judge(&self, node: Node, workers: Vec<Workers>) {
         let expected: Vec<_> = workers.into_iter().map(Workers::finish).collect();
         let mut files = Vec::new();
         for volume in &expected {
@@ -114,7 +117,7 @@ impl Arena {
 }
 
 /// Asserts that no worker has ended: it would have found something wrong, and `finish` tells what.
-fn all_well(workers: &mut Vec<Workers>) {
+pub(crate) fn all_well(workers: &mut Vec<Workers>) {
     if let Some(failed) = workers.iter().position(Workers::any_failed) {
         workers.swap_remove(failed).finish();
     }
@@ -125,7 +128,7 @@ fn environment(variable: &str, default: u64) -> u64 {
     text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number"))
 }
 
-fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
     environment("VOLLEY_TORTURE_SEED", now.as_secs())
 }

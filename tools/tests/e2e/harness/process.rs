@@ -47,6 +47,10 @@ impl Process {
         self.log.lock().expect("log").join("\n")
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn kill(&mut self) {
         self.child.kill().expect("kill -9");
         self.child.wait().expect("reap");

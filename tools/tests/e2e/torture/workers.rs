@@ -58,6 +58,8 @@ pub(crate) struct Place {
     pub(crate) agents_killed: Arc<AtomicU64>,
     /// Requests answered, of all volumes' workers.
     pub(crate) answered: Arc<AtomicU64>,
+    /// How long each took, of all volumes' workers.
+    pub(crate) latencies: Arc<Mutex<Vec<Duration>>>,
 }
 
 /// Workers of one volume.
@@ -172,6 +174,7 @@ impl Worker {
         match request(self.guest.as_mut().expect("connected")) {
             Ok(answer) => {
                 self.place.answered.fetch_add(1, Ordering::SeqCst);
+                self.place.latencies.lock().expect("nobody panics with it").push(begun.elapsed());
                 (Ok(answer), false)
             }
             Err(Failure::Errno(errno)) => {
