@@ -131,15 +131,21 @@ impl Volume {
         self.call(Call::PriorityFetch { volume, offset, len, until }).await.map(drop)
     }
 
+    /// Which parts of a range are in the volume itself, as far as one reply tells: its first thousands of extents.
+    pub async fn residency_at(&self, offset: u64, len: u64) -> Result<Residency> {
+        match self.call(Call::Residency { volume: self.inner.info.volume, offset, len }).await? {
+            Answer::Residency(part) => Ok(Residency { version: part.version, extents: part.extents }),
+            _ => Err(senseless()),
+        }
+    }
+
     /// Which parts of a range are in the volume itself.
     pub async fn residency(&self, offset: u64, len: u64) -> Result<Residency> {
-        let volume = self.inner.info.volume;
         let end = offset.saturating_add(len).min(self.size_bytes());
         let mut whole: Option<Residency> = None;
         let mut at = offset;
         loop {
-            let call = Call::Residency { volume, offset: at, len: end.saturating_sub(at) };
-            let Answer::Residency(part) = self.call(call).await? else { return Err(senseless()) };
+            let part = self.residency_at(at, end.saturating_sub(at)).await?;
             let covered: u64 = part.extents.iter().map(|e| e.len_bytes).fold(0, u64::saturating_add);
             // The first version: a change between two parts then shows up in residency_wait.
             let whole = whole.get_or_insert(Residency { version: part.version, extents: Vec::new() });

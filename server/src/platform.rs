@@ -10,7 +10,7 @@ pub mod sim;
 
 use std::future::Future;
 use std::io;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
 use std::time::Duration;
 
@@ -108,6 +108,8 @@ pub trait File: Clone + 'static {
     fn datasync(&self) -> impl Future<Output = io::Result<()>>;
     /// Punches a hole: the range (multiples of 4096) reads as zeroes.
     fn deallocate(&self, offset: u64, len: u64) -> impl Future<Output = io::Result<()>>;
+    /// The parts of a byte range that take storage, in order: at most `max` of them. All else reads as zeroes.
+    fn stored(&self, range: Range<u64>, max: usize) -> impl Future<Output = io::Result<Vec<Range<u64>>>>;
     fn set_len(&self, len: u64) -> impl Future<Output = io::Result<()>>;
     fn len(&self) -> impl Future<Output = io::Result<u64>>;
     fn close(self) -> impl Future<Output = io::Result<()>>;

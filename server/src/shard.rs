@@ -6,6 +6,7 @@
 pub mod api;
 mod commands;
 mod datapath;
+mod extents;
 mod hydrate;
 mod invariants;
 mod locks;
@@ -33,13 +34,12 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::snapshot::Manifest;
 use crate::transfer::{QueueLimits, RetryPolicy, Transfer};
-use crate::types::{SECTOR_BYTES, VolumeId, VolumeState};
-use api::{AttachInfo, Command, ConnectionId, Extent, Handler, Reply, Request, ShardMap};
+use crate::types::{VolumeId, VolumeState};
+use api::{AttachInfo, Command, ConnectionId, Handler, Reply, Request, ShardMap};
 use datapath::Claim;
 use hydrate::Store;
 use manifests::Manifests;
 use mesh::{Mesh, MeshMessage};
-use residency::SectorRange;
 use signal::{Signal, within};
 use stats::Counters;
 pub(crate) use volume::SET_ASIDE;
@@ -371,24 +371,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
     }
 
-    fn residency(&self, id: VolumeId, offset: u64, len: u64) -> Result<Reply> {
-        let volume = self.volume(id)?;
-        let size = volume.spec.size_bytes;
-        if offset >= size || len == 0 {
-            let message = format!("volume {:?}: offset {offset} is past the end of {size} bytes", &*volume.spec.name);
-            return Err(Error::new(Status::OutOfRange, message));
-        }
-        let end = offset.saturating_add(len).min(size);
-        let map = volume.map.borrow();
-        let sector = u64::from(SECTOR_BYTES);
-        let runs = map.runs(SectorRange::covering(offset, end - offset)).into_iter();
-        let extents = runs.map(|run| {
-            let len_bytes = (run.end * sector).min(end) - (run.start * sector).max(offset);
-            Extent { len_bytes, resident: run.resident, hole: run.hole }
-        });
-        Ok(Reply::Residency { version: map.version(), extents: extents.collect() })
-    }
-
     async fn residency_wait(&self, id: VolumeId, seen: u64) -> Result<Reply> {
         let volume = self.volume(id)?;
         let changed = || volume.map.borrow().version() != seen || volume.deleted.get() || self.0.stopping.get();
@@ -440,7 +422,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Request::PriorityFetch { volume, offset, len, until } => {
                 self.priority_fetch(volume, offset, len, until).await
             }
-            Request::Residency { volume, offset, len } => self.residency(volume, offset, len),
+            Request::Residency { volume, offset, len } => self.residency(volume, offset, len).await,
             Request::ResidencyWait { volume, seen_version } => self.residency_wait(volume, seen_version).await,
             Request::Stat { volume } => Ok(Reply::Stat(Box::new(self.status(&*self.volume(volume)?)))),
             Request::ListVolumes { after } => Ok(self.list(&after)),

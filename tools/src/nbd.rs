@@ -1,4 +1,4 @@
-//! NBD server of `volley-agent`: every volume of a node is an export under its own name.
+//! NBD server of `volley-agent`: every volume of a node is an export under its own name. docs/nbd.md says what it speaks.
 //!
 //! What speaks the protocol is sans-I/O and pure: [`wire`] (all numbers), [`negotiation`] and [`request`] (bytes to
 //! meaning), [`reply`] (meaning to bytes). What touches sockets is thin: [`listen`], [`server`], [`handshake`],

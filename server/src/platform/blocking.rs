@@ -7,6 +7,7 @@
 use std::fs::{self, OpenOptions};
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -122,6 +123,35 @@ impl Platform for Blocking {
     }
 }
 
+/// The parts of a byte range of a file that take storage, at most `max` of them. The file's position moves.
+pub(super) fn stored(file: &impl AsRawFd, range: Range<u64>, max: usize) -> io::Result<Vec<Range<u64>>> {
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    let mut at = range.start;
+    while at < range.end && parts.len() < max {
+        let Some(start) = seek(file, at, libc::SEEK_DATA)?.filter(|start| *start < range.end) else { break };
+        // The end of the file is a hole, so there always is one; unless the file was cut just now.
+        let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(start).min(range.end);
+        parts.push(start..end);
+        at = end.max(at + 1);
+    }
+    parts.retain(|part| !part.is_empty());
+    Ok(parts)
+}
+
+/// Where data or a hole begins from `at` on; `None` if nowhere.
+fn seek(file: &impl AsRawFd, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let at = i64::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: the descriptor is open as long as `file` is borrowed; the call touches no memory of ours.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), at, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            none if none.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
 impl File for BlockingFile {
     type WriteBuf = Vec<u8>;
     type ReadBuf = Vec<u8>;
@@ -160,6 +190,10 @@ impl File for BlockingFile {
         Ok(())
     }
 
+    async fn stored(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Range<u64>>> {
+        stored(&self.0, range, max)
+    }
+
     async fn set_len(&self, len: u64) -> io::Result<()> {
         self.0.set_len(len)
     }
@@ -191,6 +225,16 @@ mod tests {
             file.deallocate(8192, 4096).await.unwrap();
             file.datasync().await.unwrap();
             assert_eq!(file.read_at(4096, 12288).await.unwrap(), [vec![7; 4096], vec![0; 4096]].concat());
+            let stored = async |range, max| {
+                let parts = file.stored(range, max).await.unwrap();
+                parts.into_iter().map(|part| (part.start, part.end)).collect::<Vec<_>>()
+            };
+            assert_eq!(stored(0..1 << 20, 9).await, [(4096, 8192)]);
+            assert_eq!(stored(6144..7168, 9).await, [(6144, 7168)]);
+            assert_eq!(stored(8192..9000, 9).await, []);
+            file.write_at(20480, vec![7; 4096]).await.unwrap();
+            assert_eq!(stored(0..1 << 20, 9).await, [(4096, 8192), (20480, 24576)]);
+            assert_eq!(stored(0..1 << 20, 1).await, [(4096, 8192)]);
             file.set_len(5000).await.unwrap();
             assert_eq!(file.len().await.unwrap(), 5000);
             file.close().await.unwrap();

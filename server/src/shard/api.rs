@@ -87,7 +87,7 @@ pub enum Request {
         len: u64,
         until: FetchUntil,
     },
-    /// Residency of `len` bytes from `offset` (clipped to the device).
+    /// Residency of `len` bytes from `offset` (clipped to the device), or of a first part of them.
     Residency {
         volume: VolumeId,
         offset: u64,
@@ -115,12 +115,13 @@ pub struct AttachInfo {
     pub chunk_bytes: u32,
 }
 
-/// A run of sectors that are all resident, or all not. `hole`: known to read as zeroes without data.
+/// A run of bytes in the same state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     pub len_bytes: u64,
     pub resident: bool,
-    /// Resident but zero by nature (a zero chunk of the snapshot, or discarded): needs no storage.
+    /// Resident, and nothing is stored for it (a zero chunk of the snapshot, discarded, or never written in a blank volume):
+    /// it reads as zeroes.
     pub hole: bool,
 }
 

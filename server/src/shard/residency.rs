@@ -34,8 +34,6 @@ pub struct SectorRun {
     pub start: u64,
     pub end: u64,
     pub resident: bool,
-    /// Resident and never written: reads as zeroes without data.
-    pub hole: bool,
 }
 
 pub struct ResidencyMap {
@@ -188,19 +186,33 @@ impl ResidencyMap {
     /// Runs of equal residency that cover the range, in order.
     #[must_use]
     pub fn runs(&self, range: SectorRange) -> Vec<SectorRun> {
+        self.runs_at_most(range, usize::MAX)
+    }
+
+    /// The first runs of the range: about `max` of them, complete ones, if there are more.
+    #[must_use]
+    pub fn runs_at_most(&self, range: SectorRange, max: usize) -> Vec<SectorRun> {
         let mut runs: Vec<SectorRun> = Vec::new();
-        let mut push = |start: u64, end: u64, resident: bool, hole: bool| match runs.last_mut() {
-            Some(last) if last.resident == resident && last.hole == hole => last.end = end,
-            _ => runs.push(SectorRun { start, end, resident, hole }),
+        let mut push = |start: u64, end: u64, resident: bool| {
+            match runs.last_mut() {
+                Some(last) if last.resident == resident => last.end = end,
+                _ => runs.push(SectorRun { start, end, resident }),
+            }
+            runs.len()
         };
         let mut sector = range.start;
         while sector < range.end {
             let chunk = self.chunk_of(sector);
             let whole = self.chunk_sectors(chunk);
             let end = whole.end.min(range.end);
-            match self.partial.get(&chunk) {
-                Some(bits) => (sector..end).for_each(|s| push(s, s + 1, bit(bits, s - whole.start), false)),
-                None => push(sector, end, self.is_chunk_resident(chunk), bit(&self.holes, u64::from(chunk))),
+            let found = match self.partial.get(&chunk) {
+                Some(bits) => {
+                    (sector..end).map(|s| push(s, s + 1, bit(bits, s - whole.start))).last().expect("not empty")
+                }
+                None => push(sector, end, self.is_chunk_resident(chunk)),
+            };
+            if found >= max {
+                break;
             }
             sector = end;
         }

@@ -288,6 +288,15 @@ impl<P: Platform> Volume<P> {
         Ok(buf)
     }
 
+    /// Sectors of the range for which the file stores anything, in order: at most `max` runs. Of what lies behind the last
+    /// of `max` nothing is said.
+    pub async fn stored_sectors(&self, range: SectorRange, max: usize) -> Result<Vec<SectorRange>> {
+        let stored = self.file().await?.stored(range.start * SECTOR..range.end * SECTOR, max).await;
+        let stored = stored.map_err(|e| self.io_error("map", &e))?;
+        // A file system with smaller blocks may store a part of a sector.
+        Ok(stored.into_iter().map(|s| SectorRange::covering(s.start, s.end - s.start)).collect())
+    }
+
     /// Writes whole sectors to the volume file. The caller holds the chunks' locks and marks the map afterwards.
     pub async fn write_sectors(&self, start_sector: u64, buf: P::WriteBuf) -> Result<()> {
         self.check_poison()?;

@@ -351,6 +351,7 @@ async fn judge_volume(node: &Node, volume: &VolumeRc, after: After) -> bool {
     }
     check_durable_fetches(node, volume).await;
     let bytes = read_bytes(node, volume).await;
+    check_holes(node, volume, &bytes).await;
     let mut volume = volume.borrow_mut();
     volume.settle(&bytes, after).unwrap_or_else(|complaint| panic!("{complaint}"));
     if after == After::PowerCut {
@@ -370,6 +371,24 @@ async fn check_durable_fetches(node: &Node, volume: &VolumeRc) {
             panic!("no residency")
         };
         assert!(extents.iter().all(|e| e.resident), "{offset}+{len} was fetched durably, but is absent: {extents:?}");
+    }
+}
+
+/// What is called a hole reads as zeroes: copying clients don't read it.
+async fn check_holes(node: &Node, volume: &VolumeRc, bytes: &[u8]) {
+    let id = volume.borrow().spec.id;
+    let mut at = 0;
+    while at < bytes.len() {
+        let request = Request::Residency { volume: id, offset: at as u64, len: (bytes.len() - at) as u64 };
+        let Ok(Reply::Residency { extents, .. }) = node.request(0, JUDGE, request).await else {
+            panic!("no residency")
+        };
+        assert!(!extents.is_empty(), "no extents from {at}");
+        for extent in extents {
+            let end = at + extent.len_bytes as usize;
+            assert!(!extent.hole || bytes[at..end].iter().all(|b| *b == 0), "a hole at {at}..{end} has data");
+            at = end;
+        }
     }
 }
 

@@ -116,7 +116,7 @@ impl<E: Export> Device<E> {
         self.export.prefetch(cover.start, cover.end - cover.start).await
     }
 
-    /// Extents that start exactly at `offset` and cover at most `len` bytes.
+    /// Extents that start exactly at `offset` and cover at most `len` bytes, or only a first part of them.
     pub async fn extents(&self, offset: u64, len: u32) -> Result<Vec<Extent>> {
         let wanted = offset..offset + u64::from(len);
         let cover = cover(&wanted);

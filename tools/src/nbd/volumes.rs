@@ -70,7 +70,8 @@ impl Export for Volume {
     }
 
     async fn extents(&self, offset: u64, len: u64) -> Result<Vec<Extent>> {
-        let residency = self.residency(offset, len).await.map_err(attached)?;
+        // What one reply tells is more than BLOCK_STATUS may answer; the client asks again from its end.
+        let residency = self.residency_at(offset, len).await.map_err(attached)?;
         let extents = residency.extents.into_iter().filter(|extent| extent.len_bytes > 0);
         Ok(extents.map(|e| Extent { len_bytes: e.len_bytes, resident: e.resident, hole: e.hole }).collect())
     }

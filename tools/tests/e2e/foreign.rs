@@ -1,6 +1,11 @@
 //! What NBD clients we did not write see of the volumes: libnbd's tools, QEMU's, fio. docs/nbd.md lists them.
 
+mod copies;
+mod filesystems;
+mod maps;
+mod patterns;
 mod stress;
+mod verify;
 
 use std::path::Path;
 
@@ -21,6 +26,12 @@ pub(crate) fn served(count: u32) -> (Site, Node, Agent) {
     node.create(&site, "debian-12", count, "web-");
     let agent = site.agent("agent", &[]);
     (site, node, agent)
+}
+
+/// Lets hydration begin, slow enough for clients to be faster.
+fn hydrate(site: &Site, node: &Node, volume: &str) {
+    node.volley(site, &["volume", "set", volume, "--rate", "4MiB/s"]).success();
+    assert_eq!(node.volume(site, volume)["hydrated"], false);
 }
 
 /// Copies a volume, or a file, with nbdcopy.

@@ -12,9 +12,11 @@ use tempfile::TempDir;
 
 pub(crate) use command::{Outcome, available, nbdsh, run, run_in, skip};
 pub(crate) use process::{Process, die_with_the_test};
+pub(crate) use random::Random;
 
 mod command;
 mod process;
+mod random;
 
 /// A server says that it is ready within this, also on a busy two-core machine.
 const START_TIMEOUT: Duration = Duration::from_secs(60);

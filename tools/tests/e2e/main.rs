@@ -6,6 +6,7 @@
 mod batch;
 mod boot;
 mod crash;
+mod disk;
 mod errors;
 mod faults;
 mod foreign;

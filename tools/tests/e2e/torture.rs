@@ -5,11 +5,9 @@
 //!
 //! `VOLLEY_TORTURE_ROUNDS` kills per file system (default 30), `VOLLEY_TORTURE_SEED` the requests; tools/torture sets them.
 
-mod disk;
 pub(crate) mod guest;
 mod kills;
 mod model;
-pub(crate) mod random;
 mod resources;
 mod stops;
 pub(crate) mod workers;
@@ -18,11 +16,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use disk::{Disk, FileSystem};
-use random::Random;
 use workers::{Place, Tolerance, Workers};
 
-use crate::harness::{Agent, Node, NodeOptions, Site, number};
+use crate::disk::{Disk, FileSystem};
+use crate::harness::{Agent, Node, NodeOptions, Random, Site, number};
 use crate::image_file::{MIB, write_image};
 
 /// Large enough for hydration to be under way in every round, small enough to be read back often.

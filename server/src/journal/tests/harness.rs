@@ -193,6 +193,10 @@ impl File for TestFile {
         self.file.deallocate(offset, len).await
     }
 
+    async fn stored(&self, range: std::ops::Range<u64>, max: usize) -> io::Result<Vec<std::ops::Range<u64>>> {
+        self.file.stored(range, max).await
+    }
+
     async fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len).await
     }

@@ -1,7 +1,8 @@
 //! Direct-I/O files: every transfer aligned, none larger than 1 MiB, all closed by name where it matters.
 
 use std::io;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::rc::Rc;
 
 use futures::stream::{self, StreamExt};
@@ -9,6 +10,7 @@ use glommio::io::{DmaBuffer, DmaFile, ReadResult};
 
 use super::plain_error;
 use crate::platform::File;
+use crate::platform::blocking::stored;
 
 /// Largest transfer in one system call: a single direct read of 6 MB has hung a process on today's kernels.
 const TRANSFER_BYTES_MAX: usize = 1 << 20;
@@ -144,6 +146,14 @@ impl File for GlommioFile {
             return Ok(());
         }
         self.file.deallocate(offset, len).await.map_err(plain_error)
+    }
+
+    async fn stored(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Range<u64>>> {
+        // A descriptor of its own, because the call outlives a caller that goes away. (`DmaFile` reads and writes at
+        // offsets, so nobody minds that the two share their position.)
+        // SAFETY: the descriptor is open as long as `self.file` lives.
+        let file = unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }.try_clone_to_owned()?;
+        super::off_reactor(move || stored(&file, range, max)).await
     }
 
     async fn set_len(&self, len: u64) -> io::Result<()> {

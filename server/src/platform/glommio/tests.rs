@@ -98,6 +98,8 @@ fn a_punched_hole_reads_as_zeroes_and_nothing_else_changes() {
         file.datasync().await.expect("sync");
         file.deallocate(64 << 10, 128 << 10).await.expect("punch");
         file.deallocate(0, 0).await.expect("nothing to punch");
+        let all = file.stored(0..2 << 20, 9).await.expect("stored");
+        assert_eq!(all, [0..64 << 10, 192 << 10..1 << 20]);
         data[64 << 10..192 << 10].fill(0);
         assert!(file.read_at(0, data.len()).await.expect("read")[..] == data[..]);
         assert_eq!(file.len().await.expect("len"), 1 << 20);

@@ -1,6 +1,7 @@
 //! A simulated file's bytes and the changes that are not yet durable, with what a crash makes of them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use super::random::SimRng;
 
@@ -46,6 +47,21 @@ impl Content {
 
     pub(super) fn allocated_bytes(&self) -> u64 {
         self.blocks.len() as u64 * BLOCK
+    }
+
+    /// The parts of a byte range that are allocated, at most `max` of them.
+    pub(super) fn stored(&self, range: Range<u64>, max: usize) -> Vec<Range<u64>> {
+        let mut parts: Vec<Range<u64>> = Vec::new();
+        for (block, _) in self.blocks.range(range.start / BLOCK..range.end.div_ceil(BLOCK)) {
+            let (start, end) = ((block * BLOCK).max(range.start), ((block + 1) * BLOCK).min(range.end));
+            let full = parts.len() == max;
+            match parts.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ if full => break,
+                _ => parts.push(start..end),
+            }
+        }
+        parts
     }
 
     /// Bytes a write to this range would newly allocate.

@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -135,6 +136,12 @@ impl File for SimFile {
     async fn deallocate(&self, offset: u64, len: u64) -> io::Result<()> {
         check_direct(&self.path, offset, len);
         self.submit(Change::Deallocate { offset, len }).await
+    }
+
+    async fn stored(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Range<u64>>> {
+        self.check_open()?;
+        self.sim.yield_now().await;
+        Ok(self.inode.borrow().live.stored(range, max))
     }
 
     async fn set_len(&self, len: u64) -> io::Result<()> {

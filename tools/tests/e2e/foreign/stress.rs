@@ -2,28 +2,20 @@
 
 use serde_json::Value;
 
-use super::{IMAGE_BYTES, nbdcopy};
-use crate::harness::{NodeOptions, Site, available, nbdsh, number};
-use crate::image_file::{assert_same, write_image};
+use super::{hydrate, nbdcopy, served};
+use crate::harness::{available, nbdsh, number};
+use crate::image_file::assert_same;
 
 const SCRIPT: &str = include_str!("stress.py");
 const REQUESTS: &str = "10000";
-
-/// What is under test includes hydration: it must not be over before the requests are.
-const RATE: &str = "2MiB/s";
 
 #[test]
 fn libnbd_finds_every_byte_of_hundreds_of_requests_in_flight() {
     if !available(&["nbdsh", "nbdcopy"]) {
         return;
     }
-    let site = Site::new();
-    write_image(&site.path("image.raw"), IMAGE_BYTES, 7);
-    site.import(&site.path("image.raw"), "debian-12");
-    let node = site.start(&NodeOptions { default_rate: RATE, ..NodeOptions::default() });
-    node.create(&site, "debian-12", 1, "web-");
-    let agent = site.agent("agent", &["--log", "error"]);
-
+    let (site, node, agent) = served(1);
+    hydrate(&site, &node, "web-0");
     std::fs::write(site.path("stress.py"), SCRIPT).expect("write the script");
     let image = site.path("image.raw").display().to_string();
     let expected = site.path("expected.raw").display().to_string();

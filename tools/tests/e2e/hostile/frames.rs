@@ -14,7 +14,7 @@ fn bytes_that_are_no_frames_cost_the_sender_its_connection() {
     let mut siege = Siege::lay();
     siege.attack("damaged frames", |siege| {
         let address = &siege.node.data;
-        let mut noise = crate::torture::random::Random::new(7);
+        let mut noise = crate::harness::Random::new(7);
         for round in 0..NOISY {
             let mut peer = if round % 2 == 0 { Peer::connect(address) } else { Peer::greeted(address) };
             let bytes: Vec<u8> = (0..1 + noise.below(4000)).map(|_| noise.below(256) as u8).collect();

@@ -8,8 +8,8 @@ use volley_tools::nbd::wire;
 
 use super::Siege;
 use crate::faults::eventually;
+use crate::harness::Random;
 use crate::torture::guest::NbdGuest;
-use crate::torture::random::Random;
 
 /// Connections that stop in the middle of their handshake.
 const HALF_OPEN: usize = 2000;

@@ -10,7 +10,7 @@ use volley_tools::nbd::wire::errno;
 
 use super::guest::{Failure, NbdGuest};
 use super::model::{Model, SECTOR};
-use super::random::Random;
+use crate::harness::Random;
 
 /// Stripes of 1 MiB, dealt to the workers in turn: most requests lie in one or two chunks.
 const STRIPE_SECTORS: u64 = 2048;

@@ -1,11 +1,14 @@
 //! File systems of the tests' own: on a loop device, mounted in a namespace that ends with the test.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::{Process, Site, available, run_in, skip};
+use crate::harness::{Outcome, Process, Site, available, run, run_in, skip};
 
+/// So often the space of a disk under load is looked at and taken.
+const FILL_ATTEMPTS: u32 = 20;
 /// Mounting takes less.
 const MOUNT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -66,6 +69,18 @@ impl Disk {
         &self.mount
     }
 
+    /// A command in the namespace.
+    pub(crate) fn command(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.pid)).arg(program).args(args);
+        command
+    }
+
+    /// Runs a command in the namespace to its end.
+    pub(crate) fn run(&self, program: &str, args: &[&str]) -> Outcome {
+        run(self.command(program, args))
+    }
+
     /// The process whose mount namespace it is.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
@@ -80,12 +95,22 @@ impl Disk {
     /// Writes a file until the disk is full; removing it makes room again.
     pub(crate) fn fill(&self, leave_bytes: u64) -> PathBuf {
         let path = self.outside(&self.mount.join("filler"));
-        let free = free_bytes(&path.with_file_name("."));
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path).expect("the filler");
-        let wanted = free.saturating_sub(leave_bytes);
-        // SAFETY: allocates space in an open file of ours.
-        let done = unsafe { libc::fallocate(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, wanted as i64) };
-        assert_eq!(done, 0, "fallocate {wanted} bytes: {}", std::io::Error::last_os_error());
+        // Others write meanwhile: what was free a moment ago may not be any more.
+        for _ in 0..FILL_ATTEMPTS {
+            let wanted = free_bytes(&path.with_file_name(".")).saturating_sub(leave_bytes);
+            let about = file.metadata().expect("metadata");
+            let from = about.len().max(about.blocks() * 512);
+            // SAFETY: allocates space in an open file of ours.
+            let done = unsafe {
+                libc::fallocate(std::os::fd::AsRawFd::as_raw_fd(&file), 0, from as i64, wanted.max(1) as i64)
+            };
+            let error = std::io::Error::last_os_error();
+            if done == 0 {
+                return path;
+            }
+            assert_eq!(error.kind(), std::io::ErrorKind::StorageFull, "fallocate {wanted} bytes: {error}");
+        }
         path
     }
 }
