@@ -127,6 +127,24 @@ fn the_map_is_what_was_imported_written_zeroed_and_discarded() {
 }
 
 #[test]
+fn a_map_of_thousands_of_extents_is_whole() {
+    if !available(&["nbdinfo", "qemu-img"]) {
+        return;
+    }
+    let (site, _node, agent) = served(1);
+    // Every second sector: more extents than one reply of the agent (4096), and of the server (8192), can hold.
+    let count = IMAGE_BYTES / (2 * SECTOR);
+    let count_text = count.to_string();
+    let args = ["bench", "-w", "-f", "raw", "-t", "none", "-d", "64", "-s", "4096", "-S", "8192", "--pattern=7", "-c"];
+    let uri = agent.uri("web-0");
+    run_in(&site.path(""), "qemu-img", &[&args[..], &[&count_text, &uri]].concat()).success();
+    let mut expected = Expected::of_image();
+    (0..count).for_each(|n| expected.set(2 * n * SECTOR, SECTOR, false));
+    expected.assert_is_the_map(&site, &agent, "web-0");
+    assert!(map(&site, &uri, "volley:resident").len() > 4096);
+}
+
+#[test]
 fn a_blank_volume_is_one_hole_until_it_is_written() {
     if !available(&["nbdinfo", "qemu-io"]) {
         return;
