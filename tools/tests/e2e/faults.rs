@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::crash::Guest;
+use crate::disk::{Disk, FileSystem};
 use crate::foreign::{qemu_compare, qemu_io};
-use crate::harness::{Node, NodeOptions, Site, available, skip};
+use crate::harness::{Node, NodeOptions, Site, available};
 use crate::image_file::{CHUNK, MIB, noise, write_image};
 
 /// Guest reads of this site's node give up after this long.
@@ -118,18 +119,16 @@ fn a_truncated_pack_is_an_error_of_its_chunks_only() {
 
 #[test]
 fn a_full_disk_refuses_writes_and_loses_nothing_acknowledged() {
-    if !available(&["qemu-io", "mkfs.ext4", "unshare"]) {
+    if !available(&["qemu-io"]) {
         return;
     }
-    // SAFETY: geteuid reads a number of the process.
-    if unsafe { libc::geteuid() } != 0 {
-        skip("mounting a small file system needs root");
-        return;
-    }
+    let Some(disk) = Disk::new(FileSystem::Ext4, 48 * MIB) else { return };
     let site = Site::new();
     std::fs::write(site.path("image.raw"), noise(1, 64 * MIB)).expect("write");
     site.import(&site.path("image.raw"), "debian-12");
-    let options = small_disk(&site, 48 * MIB);
+    // The journals are elsewhere, so that the node can start when the store is full.
+    let config = format!("[[store]]\nlabel = \"default\"\npath = \"{}\"\n", disk.mount().join("store").display());
+    let options = NodeOptions { config, namespace: Some(disk.pid()), ..NodeOptions::default() };
     let node = site.start(&options);
     node.create(&site, "debian-12", 2, "web-");
     let agent = site.agent("agent", &[]);
@@ -155,19 +154,6 @@ fn a_full_disk_refuses_writes_and_loses_nothing_acknowledged() {
     for done in 24..at {
         qemu_io(&site, &agent, "web-0", &[&format!("read -P 0x63 {done}M 1M")]);
     }
-}
-
-/// A node whose volume store is an ext4 of `size` bytes; its journals are elsewhere, so that it can start when the
-/// store is full. The ext4 is mounted in the namespace of the server alone, so that it
-/// goes away with the process, whatever becomes of the test.
-fn small_disk(site: &Site, size: u64) -> NodeOptions {
-    let (disk, mount) = (site.path("disk.img"), site.path("small"));
-    std::fs::File::create(&disk).expect("create").set_len(size).expect("size");
-    crate::harness::run_in(&site.path(""), "mkfs.ext4", &["-q", "-m", "0", "-O", "^has_journal", "disk.img"]).success();
-    std::fs::create_dir(&mount).expect("mount point");
-    let prepare = format!("mount -o loop '{}' '{}'", disk.display(), mount.display());
-    let config = format!("[[store]]\nlabel = \"default\"\npath = \"{}\"\n", mount.join("store").display());
-    NodeOptions { config, prepare: Some(prepare), ..NodeOptions::default() }
 }
 
 fn only_pack(objects: &Path) -> PathBuf {

@@ -39,23 +39,13 @@ pub(crate) struct NodeOptions {
     pub(crate) data: Option<PathBuf>,
     /// Data port; `None` is the site's unix socket.
     pub(crate) listen: Option<String>,
-    /// A shell line run before the server in its own mount namespace (root only).
-    pub(crate) prepare: Option<String>,
     /// Process in whose mount namespace the server runs (root only).
     pub(crate) namespace: Option<u32>,
 }
 
 impl Default for NodeOptions {
     fn default() -> NodeOptions {
-        NodeOptions {
-            cores: 2,
-            config: String::new(),
-            default_rate: "none",
-            data: None,
-            listen: None,
-            prepare: None,
-            namespace: None,
-        }
+        NodeOptions { cores: 2, config: String::new(), default_rate: "none", data: None, listen: None, namespace: None }
     }
 }
 
@@ -131,18 +121,12 @@ impl Site {
         args.extend(["--listen".into(), options.listen.clone().unwrap_or_else(|| self.data_address())]);
         args.extend(["--http".into(), "127.0.0.1:0".into()]);
         args.extend(["--cores".into(), options.cores.to_string()]);
-        let mut command = match (&options.prepare, options.namespace) {
-            (None, None) => Command::new(&args[0]),
-            (None, Some(pid)) => {
+        let mut command = match options.namespace {
+            None => Command::new(&args[0]),
+            Some(pid) => {
                 let mut enter = Command::new("nsenter");
                 enter.args([&format!("--mount=/proc/{pid}/ns/mnt"), &args[0]]);
                 enter
-            }
-            (Some(line), _) => {
-                let mut shell = Command::new("unshare");
-                shell.args(["--mount", "--propagation", "private", "sh", "-ec"]);
-                shell.args([&format!("{line}; exec \"$0\" \"$@\""), &args[0]]);
-                shell
             }
         };
         command.args(&args[1..]);

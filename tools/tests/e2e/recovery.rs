@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::crash::Guest;
+use crate::disk::{Disk, FileSystem};
 use crate::foreign::served;
-use crate::harness::{NodeOptions, Outcome, Site, available, run, run_in, skip};
+use crate::harness::{NodeOptions, Outcome, Site, available, run};
 use crate::image_file::CHUNK;
 
 fn check(site: &Site, args: &[&str]) -> Outcome {
@@ -117,36 +118,23 @@ fn a_lost_journal_is_a_clear_error_and_not_an_empty_node() {
 /// Filled again, it says what to do.
 #[test]
 fn a_node_starts_on_a_full_disk_or_says_what_to_do() {
-    if !available(&["mkfs.ext4", "unshare", "mount"]) {
-        return;
-    }
-    // SAFETY: geteuid cannot fail and touches no memory.
-    if unsafe { libc::geteuid() } != 0 {
-        skip("a filesystem of its own needs root");
-        return;
-    }
+    let Some(disk) = Disk::new(FileSystem::Ext4, 64 << 20) else { return };
     let site = Site::new();
     std::fs::create_dir_all(site.objects()).expect("object store");
-    let (disk, mount) = (site.path("disk.img"), site.path("small"));
-    std::fs::File::create(&disk).expect("create").set_len(64 << 20).expect("size");
-    run_in(&site.path(""), "mkfs.ext4", &["-q", "-m", "0", "disk.img"]).success();
-    std::fs::create_dir(&mount).expect("mount point");
-    // Each start has the filesystem in a mount namespace of its own, and may first fill or empty it.
-    let options = |first: &str| {
-        let prepare =
-            format!("mount -o loop '{}' '{}'; cd '{}'; {first}", disk.display(), mount.display(), mount.display());
-        NodeOptions { prepare: Some(prepare), data: Some(mount.join("node")), ..NodeOptions::default() }
-    };
-    let fill = "cat /dev/zero > fill 2>/dev/null || true; sync; test $(stat -f -c %a .) = 0";
+    let data = Some(disk.mount().join("node"));
+    let options = NodeOptions { data, namespace: Some(disk.pid()), ..NodeOptions::default() };
 
-    let node = site.start(&options(""));
+    let node = site.start(&options);
     node.volley(&site, &["volume", "create", "--name", "a", "--size", "1GiB"]).success();
     node.kill();
-    let node = site.start(&options(fill));
+    disk.fill(0);
+    let node = site.start(&options);
     node.volume(&site, "a");
     node.kill();
-    run(site.node_command(&options(fill))).fails_naming(&["No space left", "free some space on the filesystem of"]);
-    let node = site.start(&options("rm fill"));
+    let filler = disk.fill(0);
+    run(site.node_command(&options)).fails_naming(&["No space left", "free some space on the filesystem of"]);
+    std::fs::remove_file(filler).expect("remove the filler");
+    let node = site.start(&options);
     node.volume(&site, "a");
     assert!(node.stop().0.success());
 }
