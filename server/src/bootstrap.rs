@@ -48,6 +48,8 @@ pub struct NodeConfig {
     pub listen: ListenAddr,
     /// Number of shards; 0: one for each core the process may run on.
     pub cores: usize,
+    /// A shard without work looks for some this long before it sleeps.
+    pub idle_poll: Duration,
     /// RAM cache of the whole node.
     pub cache_bytes: u64,
     pub guest_deadline: Duration,
@@ -77,6 +79,7 @@ impl NodeConfig {
             object_store,
             listen: config.listen.clone(),
             cores: config.cores,
+            idle_poll: config.idle_poll.0,
             cache_bytes: config.cache.ram_bytes.0,
             guest_deadline: config.deadlines.guest_read.0,
             retry: RetryPolicy {
@@ -189,6 +192,8 @@ fn start_once(config: NodeConfig) -> Result<Node> {
         commands.push(sender);
         threads.push(ShardThread::spawn(ShardSeed {
             cpu: cpus[shard % cpus.len()],
+            // A shard that polls on another one's core would keep it from its work.
+            idle_poll: if shards > cpus.len() { Duration::ZERO } else { config.idle_poll },
             journal_dir: config.journal_dir.clone(),
             epoch: report.epoch,
             object_store: config.object_store.clone(),

@@ -32,6 +32,8 @@ pub struct Config {
     pub http: String,
     /// Number of shards; 0 means one for each core this process may run on.
     pub cores: usize,
+    /// How long a shard without work looks for some before it sleeps. Waking up takes longer than most disks.
+    pub idle_poll: Span,
     /// Log filter: `error`, `warn`, `info`, `debug`, `trace`, or per module as `info,volley_server::shard=debug`.
     pub log: String,
     pub cache: CacheConfig,
@@ -133,6 +135,8 @@ pub struct ConfigError(String);
 
 /// More executors than this is a typing error rather than a machine.
 pub const CORES_MAX: usize = 1024;
+/// A shard that polls for longer hardly ever sleeps: nobody wants that by mistake.
+pub const IDLE_POLL_MAX: Duration = Duration::from_millis(10);
 /// Below this a shard could not even hold the chunks in flight.
 pub const CACHE_RAM_BYTES_MIN: u64 = 8 << 20;
 /// Label of the store that exists when none is configured.
@@ -146,6 +150,7 @@ impl Default for Config {
             listen: ListenAddr::Tcp { host: "127.0.0.1".to_string(), port: 7400 },
             http: "127.0.0.1:7480".to_string(),
             cores: 0,
+            idle_poll: Span(Duration::from_micros(100)),
             log: "info".to_string(),
             cache: CacheConfig::default(),
             hydration: HydrationConfig::default(),
@@ -276,6 +281,9 @@ impl Config {
         }
         if self.cores > CORES_MAX {
             return fail(format!("cores: {} is more than {CORES_MAX}", self.cores));
+        }
+        if self.idle_poll.0 > IDLE_POLL_MAX {
+            return fail(format!("idle_poll: {} is more than {}", self.idle_poll, Span(IDLE_POLL_MAX)));
         }
         if self.cache.ram_bytes.0 < CACHE_RAM_BYTES_MIN {
             let min = ByteSize(CACHE_RAM_BYTES_MIN);

@@ -25,7 +25,9 @@ const SIZE_UNITS: [(&str, u64); 12] = [
     ("PiB", 1 << 50),
 ];
 
-const DURATION_UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
+/// In microseconds.
+const DURATION_UNITS: [(&str, u64); 5] =
+    [("us", 1), ("ms", 1_000), ("s", 1_000_000), ("m", 60_000_000), ("h", 3_600_000_000)];
 
 /// Parses a whole number of bytes with an optional unit, e.g. `4096`, `512K`, `10GiB`.
 ///
@@ -36,14 +38,14 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text:?} is not a size: write a whole number and a unit, as 10GiB"))
 }
 
-/// Parses a whole number with one of the units `ms`, `s`, `m`, `h`, e.g. `30s`.
+/// Parses a whole number with one of the units `us`, `ms`, `s`, `m`, `h`, e.g. `30s`.
 ///
 /// # Errors
 /// A sentence that says what is wrong.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     scaled(text, &DURATION_UNITS)
-        .map(Duration::from_millis)
-        .ok_or_else(|| format!("{text:?} is not a duration: write a whole number and ms, s, m or h, as 30s"))
+        .map(Duration::from_micros)
+        .ok_or_else(|| format!("{text:?} is not a duration: write a whole number and us, ms, s, m or h, as 30s"))
 }
 
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
@@ -66,16 +68,16 @@ pub fn exact_size(bytes: u64) -> String {
     bytes.to_string()
 }
 
-/// A duration that [`parse_duration`] reads back, exact to the millisecond.
+/// A duration that [`parse_duration`] reads back, exact to the microsecond.
 #[must_use]
 pub fn exact_duration(duration: Duration) -> String {
-    let ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    for (unit, scale) in [("h", 3_600_000), ("m", 60_000), ("s", 1_000)] {
-        if ms >= scale && ms.is_multiple_of(scale) {
-            return format!("{}{unit}", ms / scale);
+    let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    for (unit, scale) in DURATION_UNITS.into_iter().rev() {
+        if us >= scale && us.is_multiple_of(scale) {
+            return format!("{}{unit}", us / scale);
         }
     }
-    format!("{ms}ms")
+    format!("{us}us")
 }
 
 /// A number of bytes, in text with a unit.
@@ -227,9 +229,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn exact_text_reads_back(bytes: u64, ms in 0u64..u64::from(u32::MAX)) {
+        fn exact_text_reads_back(bytes: u64, us: u32, scale in prop::sample::select(vec![1, 1000, 60_000_000])) {
             prop_assert_eq!(parse_size(&exact_size(bytes)), Ok(bytes));
-            prop_assert_eq!(parse_duration(&exact_duration(Duration::from_millis(ms))), Ok(Duration::from_millis(ms)));
+            let span = Duration::from_micros(u64::from(us) * scale);
+            prop_assert_eq!(parse_duration(&exact_duration(span)), Ok(span));
         }
     }
 }

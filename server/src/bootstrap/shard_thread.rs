@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 
 use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
 
@@ -28,6 +29,8 @@ type GlommioShard = Shard<Glommio, DirStore<Glommio>>;
 /// What a shard's thread takes with it.
 pub(super) struct ShardSeed {
     pub(super) cpu: usize,
+    /// The shard looks for work this long before it sleeps.
+    pub(super) idle_poll: Duration,
     pub(super) journal_dir: PathBuf,
     pub(super) epoch: u64,
     pub(super) object_store: ObjectStoreUrl,
@@ -54,6 +57,7 @@ impl ShardThread {
         let stages = Stages { reporter, gate };
         let executor = LocalExecutorBuilder::new(Placement::Fixed(seed.cpu))
             .name(&format!("volley-{shard}"))
+            .spin_before_park(seed.idle_poll)
             .spawn(move || run(seed, stages))
             .map_err(cannot_start)?;
         Ok(ShardThread { shard, reports, go, executor })

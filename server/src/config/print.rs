@@ -7,7 +7,20 @@ use crate::types::HydrationRate;
 use crate::units::ByteSize;
 
 pub(super) fn to_toml(config: &Config) -> String {
-    let Config { data, object_store, listen, http, cores, log, cache, hydration, deadlines, retries, stores } = config;
+    let Config {
+        data,
+        object_store,
+        listen,
+        http,
+        cores,
+        idle_poll,
+        log,
+        cache,
+        hydration,
+        deadlines,
+        retries,
+        stores,
+    } = config;
     let object_store = match object_store {
         Some(url) => format!("object_store = {}", text(url)),
         None => "# object_store = \"file:/var/lib/volley/objects\"".to_string(),
@@ -34,6 +47,10 @@ http = {http}
 
 # Shards, each pinned to a core. 0: one for each core this process may use.
 cores = {cores}
+
+# A shard without work looks for some this long before it sleeps: waking up takes longer than a fast disk. "0us" sleeps
+# at once. Ignored where shards share a core.
+idle_poll = "{idle_poll}"
 
 # error, warn, info, debug, trace, or per module: "info,volley_server::shard=debug".
 log = {log}

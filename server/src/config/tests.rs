@@ -31,6 +31,7 @@ fn printing_covers_every_key() {
         listen: ListenAddr::Unix(PathBuf::from("/run/volley.sock")),
         http: "[::1]:80".to_string(),
         cores: 3,
+        idle_poll: Span(Duration::from_micros(70)),
         log: "debug".to_string(),
         cache: CacheConfig { ram_bytes: ByteSize(64 << 20) },
         hydration: HydrationConfig {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use volley_server::config::{CACHE_RAM_BYTES_MIN, CORES_MAX, Config, Overrides};
+use volley_server::config::{CACHE_RAM_BYTES_MIN, CORES_MAX, Config, IDLE_POLL_MAX, Overrides};
 
 use super::assert_one_line;
 use super::measure::within;
@@ -60,6 +60,7 @@ fn check(config: &Config) {
 fn check_accepted(config: &Config) {
     assert_eq!(Config::from_text(&config.to_toml(), &Overrides::default()).as_ref(), Ok(config));
     assert!(config.cores <= CORES_MAX && config.cache.ram_bytes.0 >= CACHE_RAM_BYTES_MIN);
+    assert!(config.idle_poll.0 <= IDLE_POLL_MAX);
     let hydration = &config.hydration;
     assert!(hydration.background_reads_max >= 1 && hydration.background_reads_max < hydration.reads_max);
     assert!((4 << 20..=64 << 20).contains(&hydration.read_bytes_max.0));
