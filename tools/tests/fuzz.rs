@@ -126,10 +126,15 @@ fn nbd() {
     corpus_and_mutations("nbd", 5_000);
 }
 
-/// A format that changes makes its corpus anew, or the fuzzer starts with inputs that are only refused.
+/// A format that changes makes its corpus anew, or the fuzzer starts with inputs that are only refused:
+/// `tools/fuzz/run --seeds` runs this test with the variable that makes it write them.
 #[test]
 fn committed_seeds_are_those_of_the_formats_now() {
+    let write = std::env::var_os("VOLLEY_FUZZ_SEEDS").is_some();
     for target in &TARGETS {
+        if write {
+            write_seeds(target);
+        }
         let corpus = corpus(target);
         for (name, seed) in (target.seeds)() {
             let found = corpus.iter().find(|(file, _)| *file == format!("seed-{name}"));
@@ -139,18 +144,12 @@ fn committed_seeds_are_those_of_the_formats_now() {
     }
 }
 
-/// Not a test: `tools/fuzz/run --seeds`.
-#[test]
-#[ignore = "writes the committed corpus"]
-fn write_the_seeds() {
-    for target in &TARGETS {
-        let dir = root().join("corpus").join(target.name);
-        std::fs::create_dir_all(&dir).expect("a writable tree");
-        for (file, _) in corpus(target).into_iter().filter(|(file, _)| file.starts_with("seed-")) {
-            std::fs::remove_file(dir.join(file)).expect("a writable tree");
-        }
-        for (name, seed) in (target.seeds)() {
-            std::fs::write(dir.join(format!("seed-{name}")), seed).expect("a writable tree");
-        }
+fn write_seeds(target: &Target) {
+    let dir = root().join("corpus").join(target.name);
+    for (file, _) in corpus(target).into_iter().filter(|(file, _)| file.starts_with("seed-")) {
+        std::fs::remove_file(dir.join(file)).expect("a writable tree");
+    }
+    for (name, seed) in (target.seeds)() {
+        std::fs::write(dir.join(format!("seed-{name}")), seed).expect("a writable tree");
     }
 }
