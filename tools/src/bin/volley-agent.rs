@@ -19,6 +19,10 @@ use volley_tools::nbd::server;
 use volley_tools::nbd::volumes::Volumes;
 use volley_tools::units::parse_duration;
 
+// Payloads come and go in sizes for which the C library's allocator asks the kernel anew each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How long a stop waits for requests in flight (the server may be away) before it gives them up: below the 30 s after
 /// which the systemd unit would kill the agent.
 const STOP_WAIT: Duration = Duration::from_secs(20);
