@@ -6,7 +6,7 @@ pub mod url;
 pub use url::ObjectStoreUrl;
 
 use std::future::Future;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 /// Why an object request failed, in the three classes of retry, corrupt and fatal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,11 +32,51 @@ pub struct ObjectMeta {
     pub size_bytes: u64,
 }
 
+/// Bytes of an object as they arrived: a part of a larger buffer, so that cutting it out copies nothing.
+#[derive(Clone, Debug)]
+pub struct ObjectBytes {
+    buffer: Vec<u8>,
+    part: Range<usize>,
+}
+
+impl ObjectBytes {
+    /// `part` of `buffer`; `None` where it does not lie inside.
+    #[must_use]
+    pub fn part(buffer: Vec<u8>, part: Range<usize>) -> Option<ObjectBytes> {
+        buffer.get(part.clone())?;
+        Some(ObjectBytes { buffer, part })
+    }
+}
+
+impl From<Vec<u8>> for ObjectBytes {
+    fn from(buffer: Vec<u8>) -> ObjectBytes {
+        let part = 0..buffer.len();
+        ObjectBytes { buffer, part }
+    }
+}
+
+impl From<ObjectBytes> for Vec<u8> {
+    fn from(bytes: ObjectBytes) -> Vec<u8> {
+        let ObjectBytes { mut buffer, part } = bytes;
+        buffer.truncate(part.end);
+        buffer.drain(..part.start);
+        buffer
+    }
+}
+
+impl Deref for ObjectBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.buffer[self.part.clone()]
+    }
+}
+
 /// Keys are `/`-separated paths of `[A-Za-z0-9._-]` components. Objects are immutable once put, except by `put`.
 pub trait ObjectStore: Clone + 'static {
     fn get(&self, key: &str) -> impl Future<Output = Result<Vec<u8>, ObjectError>>;
     /// Exactly `range.end - range.start` bytes, or `Corrupt` if the object is shorter.
-    fn get_range(&self, key: &str, range: Range<u64>) -> impl Future<Output = Result<Vec<u8>, ObjectError>>;
+    fn get_range(&self, key: &str, range: Range<u64>) -> impl Future<Output = Result<ObjectBytes, ObjectError>>;
     /// Durable and atomic when it returns: a reader sees the whole object or none.
     fn put(&self, key: &str, data: &[u8]) -> impl Future<Output = Result<(), ObjectError>>;
     /// Like `put`, but exactly one of any number of racing callers succeeds.

@@ -67,7 +67,7 @@ pub trait Platform: Clone + 'static {
     type File: File<WriteBuf = Self::WriteBuf, ReadBuf = Self::ReadBuf>;
     /// Aligned for direct I/O; contents are unspecified until written.
     type WriteBuf: DerefMut<Target = [u8]> + 'static;
-    type ReadBuf: Deref<Target = [u8]> + 'static;
+    type ReadBuf: Deref<Target = [u8]> + Into<Vec<u8>> + 'static;
 
     fn now(&self) -> Time;
     fn wall_clock_ms(&self) -> u64;

@@ -15,7 +15,7 @@ pub use queue::{FetchClass, FetchQueue, GetPlan, QueueLimits};
 use crate::cache::{ChunkCache, ChunkData};
 use crate::error::{Error, Result, Status};
 use crate::mutation::{self, Mutation};
-use crate::object_store::{ObjectError, ObjectStore};
+use crate::object_store::{ObjectBytes, ObjectError, ObjectStore};
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::stats::Counters;
 use crate::snapshot::{ChunkEntry, Manifest, decode_chunk};
@@ -35,8 +35,9 @@ pub struct ChunkSource {
 }
 
 /// Chunks of one pack whose offsets fall into the same stretch of this size belong to one shard, so that neighbours
-/// can be fetched by one ranged GET: 8 MiB is twice the largest GET.
-const OWNER_STRETCH_BYTES: u64 = 8 << 20;
+/// can be fetched by one ranged GET; the next stretch belongs to another shard, so that all of them verify one volume's
+/// chunks at the same time.
+pub const STRETCH_BYTES: u64 = 4 << 20;
 
 impl ChunkSource {
     /// `None` for a zero chunk.
@@ -52,7 +53,7 @@ impl ChunkSource {
     #[must_use]
     pub fn owner(&self, shards: usize) -> usize {
         let pack = u64::from(crc32fast::hash(self.pack_key.as_bytes()));
-        ((pack + self.offset / OWNER_STRETCH_BYTES) % shards as u64) as usize
+        ((pack + self.offset / STRETCH_BYTES) % shards as u64) as usize
     }
 }
 
@@ -179,7 +180,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         plan.sources.iter().any(|source| queue.is_promoted(&source.digest))
     }
 
-    async fn deliver(&self, plan: GetPlan, got: Result<Vec<u8>>, deadline: Time) {
+    async fn deliver(&self, plan: GetPlan, got: Result<ObjectBytes>, deadline: Time) {
         let mut order: Vec<usize> = (0..plan.sources.len()).collect();
         order.sort_by_key(|i| !self.0.queue.borrow().is_promoted(&plan.sources[*i].digest));
         for i in order {
@@ -218,7 +219,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     }
 
     /// One ranged GET, retried with jittered exponential back-off until the deadline.
-    async fn get(&self, plan: &GetPlan, deadline: Time) -> Result<Vec<u8>> {
+    async fn get(&self, plan: &GetPlan, deadline: Time) -> Result<ObjectBytes> {
         let mut backoff = self.0.retry.backoff_min;
         loop {
             self.0.counters.object_gets.add(1);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::object_store::ObjectMeta;
+use crate::object_store::{ObjectBytes, ObjectMeta};
 use crate::object_store::dir::DirStore;
 use crate::snapshot::{ChunkEntry, IMPORT_PREFIX, PACK_PREFIX, catalog, read};
 
@@ -39,7 +39,7 @@ impl ObjectStore for Failing {
     async fn get(&self, key: &str) -> Result<Vec<u8>, ObjectError> {
         self.inner.get(key).await
     }
-    async fn get_range(&self, key: &str, range: std::ops::Range<u64>) -> Result<Vec<u8>, ObjectError> {
+    async fn get_range(&self, key: &str, range: std::ops::Range<u64>) -> Result<ObjectBytes, ObjectError> {
         self.inner.get_range(key, range).await
     }
     async fn put(&self, key: &str, data: &[u8]) -> Result<(), ObjectError> {

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{ObjectError, ObjectMeta, ObjectStore};
+use super::{ObjectBytes, ObjectError, ObjectMeta, ObjectStore};
 use crate::platform::{File, OpenMode, Platform};
 
 /// Direct I/O moves whole blocks of this size.
@@ -70,7 +70,7 @@ impl<P: Platform> DirStore<P> {
         Ok(self.root.join(key))
     }
 
-    async fn read(&self, key: &str, range: Option<Range<u64>>) -> Result<Vec<u8>, ObjectError> {
+    async fn read(&self, key: &str, range: Option<Range<u64>>) -> Result<ObjectBytes, ObjectError> {
         let path = self.path(key)?;
         let file = match self.platform.open(&path, OpenMode::Read).await {
             Ok(file) => file,
@@ -136,10 +136,10 @@ impl<P: Platform> DirStore<P> {
 
 impl<P: Platform> ObjectStore for DirStore<P> {
     async fn get(&self, key: &str) -> Result<Vec<u8>, ObjectError> {
-        self.read(key, None).await
+        self.read(key, None).await.map(Vec::from)
     }
 
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Vec<u8>, ObjectError> {
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<ObjectBytes, ObjectError> {
         if range.start > range.end || range.end - range.start > GET_BYTES_MAX {
             return Err(ObjectError::Fatal(format!("{key}: range {range:?} is not a range of an object")));
         }
@@ -224,9 +224,9 @@ fn check_key(key: &str) -> Result<(), ObjectError> {
     Ok(())
 }
 
-async fn read_open<F: File>(file: &F, key: &str, range: Option<Range<u64>>) -> Result<Vec<u8>, ObjectError>
+async fn read_open<F: File>(file: &F, key: &str, range: Option<Range<u64>>) -> Result<ObjectBytes, ObjectError>
 where
-    F::ReadBuf: std::ops::Deref<Target = [u8]>,
+    F::ReadBuf: Into<Vec<u8>>,
 {
     let len = file.len().await.map_err(|e| classify(key, &e))?;
     let range = range.unwrap_or(0..len);
@@ -240,10 +240,8 @@ where
     let end = range.end.next_multiple_of(BLOCK_BYTES);
     let blocks = file.read_at(start, to_usize(end - start)).await.map_err(|e| classify(key, &e))?;
     let (from, to) = (to_usize(range.start - start), to_usize(range.end - start));
-    match blocks.get(from..to) {
-        Some(data) => Ok(data.to_vec()),
-        None => Err(ObjectError::Corrupt(format!("{key}: object shrank while it was read"))),
-    }
+    let shrank = || ObjectError::Corrupt(format!("{key}: object shrank while it was read"));
+    ObjectBytes::part(blocks.into(), from..to).ok_or_else(shrank)
 }
 
 async fn write_open<P: Platform>(platform: &P, file: &P::File, data: &[u8]) -> io::Result<()> {

@@ -33,6 +33,16 @@ const ZERO_STEP_BYTES: u64 = 32 << 20;
 /// Fills behind read misses that may hold their chunk in memory at once, per shard; beyond it they are owed.
 pub(super) const MISS_FILLS_MAX: usize = 64;
 
+/// A chunk on its way from the shard that owns it. Dropping it cancels nothing.
+pub(super) struct Answer(flume::Receiver<Result<ChunkData>>);
+
+impl Answer {
+    pub(super) async fn chunk(self) -> Result<ChunkData> {
+        let stopped = |_| Err(Error::new(Status::Busy, "the shard that fetches the chunk is overloaded or stopping"));
+        self.0.recv_async().await.unwrap_or_else(stopped)
+    }
+}
+
 /// Content of a chunk in the snapshot.
 #[derive(Clone)]
 enum Content {
@@ -213,20 +223,21 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             .iter()
             .map(|chunk| ChunkSource::of(&manifest, *chunk).expect("zero chunks were sorted out"))
             .collect();
-        for (chunk, data) in stored.into_iter().zip(self.fetch(sources, class).await) {
+        let answers = join_all(self.request(sources, class).into_iter().map(Answer::chunk)).await;
+        for (chunk, data) in stored.into_iter().zip(answers) {
             contents.push((chunk, Content::Data(data?)));
         }
         Ok(contents)
     }
 
-    /// Fetches chunks through the shards that own them, in the order asked.
-    pub(super) async fn fetch(&self, sources: Vec<ChunkSource>, class: FetchClass) -> Vec<Result<ChunkData>> {
+    /// Asks the shards that own the chunks for them: the answers, in the order asked.
+    pub(super) fn request(&self, sources: Vec<ChunkSource>, class: FetchClass) -> Vec<Answer> {
         let mut by_owner: Vec<Vec<_>> = (0..self.0.config.shards).map(|_| Vec::new()).collect();
         let mut answers = Vec::with_capacity(sources.len());
         for source in sources {
             let (sender, receiver) = flume::bounded(1);
             by_owner[source.owner(self.0.config.shards)].push((source, sender));
-            answers.push(receiver);
+            answers.push(Answer(receiver));
         }
         for (owner, wanted) in by_owner.into_iter().enumerate() {
             if wanted.is_empty() {
@@ -240,9 +251,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 tracing::debug!(%error, "fetch not sent");
             }
         }
-        let stopped = |_| Err(Error::new(Status::Busy, "the shard that fetches the chunk is overloaded or stopping"));
-        let answers = join_all(answers.iter().map(|answer| answer.recv_async())).await;
-        answers.into_iter().map(|answer| answer.unwrap_or_else(stopped)).collect()
+        answers
     }
 
     /// Fills the volume behind an answered read: at once while the store's hydration share lasts, else the hydrator

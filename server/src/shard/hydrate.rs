@@ -12,6 +12,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::stream::{self, StreamExt};
+
 use crate::budget::TokenBucket;
 use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
@@ -19,14 +21,16 @@ use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
 use crate::shard::signal::{Signal, within};
 use crate::shard::volume::{Volume, is_zero};
-use crate::snapshot::Manifest;
-use crate::transfer::{ChunkSource, FetchClass};
+use crate::snapshot::{ChunkEntry, Manifest};
+use crate::transfer::{ChunkSource, FetchClass, STRETCH_BYTES};
 use crate::types::{HydrationRate, VolumeId};
 
-/// Bytes of one run: the largest merged GET, so a run is one or two requests.
-const RUN_BYTES: u64 = 4 << 20;
+/// Bytes of the volume in one run, which ends with its stretch of a pack: one GET of one shard.
+const RUN_BYTES: u64 = 8 << 20;
 /// Runs in flight per store and shard: enough to overlap fetch, verification and fill.
 const RUNS_MAX: usize = 4;
+/// Chunks of a run written at the same time: with all runs, what keeps a disk busy and does not yet make guests wait.
+const RUN_FILLS_MAX: usize = 2;
 /// Zero chunks made resident in one step; bounds how many chunk locks are held together.
 pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -167,16 +171,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Copies what can be copied; the first error is told after the rest is done.
     async fn copy_chunks(&self, volume: &Rc<Volume<P>>, manifest: &Manifest, chunks: Vec<u32>) -> Result<()> {
         let sources = chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk)).collect();
-        let mut result = Ok(());
-        for (chunk, data) in chunks.into_iter().zip(self.fetch(sources, FetchClass::Background).await) {
-            let copied = match data {
-                Ok(data) => self.fill_data(volume, chunk, &data).await,
-                Err(error) => Err(error),
-            };
-            result = result.and(copied);
+        let copies = chunks.into_iter().zip(self.request(sources, FetchClass::Background));
+        let copies = copies.map(async |(chunk, answer)| {
+            let copied = self.fill_data(volume, chunk, &answer.chunk().await?).await;
             self.0.platform.yield_now().await;
-        }
-        result
+            copied
+        });
+        stream::iter(copies).buffered(RUN_FILLS_MAX).fold(Ok(()), async |all, copied| all.and(copied)).await
     }
 
     fn note_run(&self, volume: &Rc<Volume<P>>, chunks: &[u32], result: Result<()>) {
@@ -250,12 +251,23 @@ fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
         false => u32::try_from(RUN_BYTES / u64::from(volume.spec.chunk_bytes)).unwrap_or(1).max(1),
     };
     let end = first.saturating_add(most).min(map.chunks());
-    let wanted = |c: &u32| !map.is_chunk_resident(*c) && !hydration.running.contains(c) && zero(*c) == zero(first);
+    let stretch = |chunk: u32| manifest.as_ref().and_then(|m| stretch_of(m, chunk));
+    let here = stretch(first);
+    let wanted = |c: &u32| !map.is_chunk_resident(*c) && !hydration.running.contains(c) && stretch(*c) == here;
     let chunks: Vec<u32> = (first..end).take_while(wanted).collect();
     hydration.running.extend(chunks.iter().copied());
     hydration.cursor = first + chunks.len() as u32;
     hydration.state = "running";
     Turn::Run(chunks)
+}
+
+/// Where a chunk's stored bytes are: pack and stretch in it; `None` for a zero chunk.
+fn stretch_of(manifest: &Manifest, chunk: u32) -> Option<(u32, u64)> {
+    let entry = (chunk < manifest.chunk_count()).then(|| manifest.chunk(chunk))?;
+    match entry {
+        ChunkEntry::Stored { pack, offset, .. } => Some((pack, offset / STRETCH_BYTES)),
+        ChunkEntry::Zero => None,
+    }
 }
 
 /// The next chunk in sector order that is neither resident nor on its way; wraps once.

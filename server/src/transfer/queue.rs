@@ -31,8 +31,9 @@ pub struct QueueLimits {
 
 impl Default for QueueLimits {
     fn default() -> QueueLimits {
-        // 16 × 512 KiB covers the bandwidth-delay product of 2.5 Gbit/s at 25 ms; a quarter stays for priority.
-        QueueLimits { gets_max: 16, gets_background_max: 12, get_bytes_max: 4 << 20 }
+        // 16 × 512 KiB covers the bandwidth-delay product of 2.5 Gbit/s at 25 ms; a quarter stays for priority. A stretch and
+        // the chunk across its end are one GET.
+        QueueLimits { gets_max: 16, gets_background_max: 12, get_bytes_max: 8 << 20 }
     }
 }
 

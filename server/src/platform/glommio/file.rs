@@ -42,6 +42,15 @@ impl Deref for ReadBytes {
     }
 }
 
+impl From<ReadBytes> for Vec<u8> {
+    fn from(read: ReadBytes) -> Vec<u8> {
+        match read {
+            ReadBytes::Single(result) => result.to_vec(),
+            ReadBytes::Joined(bytes) => bytes,
+        }
+    }
+}
+
 /// Memory for direct writes, registered with the kernel while that lasts.
 pub struct WriteBytes(DmaBuffer);
 

@@ -10,7 +10,7 @@ use super::executor::Executor;
 use super::faults::nanos;
 use super::random::SimRng;
 use super::{Core, SimWorld};
-use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
+use crate::object_store::{ObjectBytes, ObjectError, ObjectMeta, ObjectStore};
 use crate::platform::Time;
 
 /// How the store behaves from now on. Probabilities are per request, in a million.
@@ -209,10 +209,10 @@ impl ObjectStore for SimObjects {
         self.answer(key, None)
     }
 
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Vec<u8>, ObjectError> {
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<ObjectBytes, ObjectError> {
         let _running = RunningGet::begin(self, key, range.clone());
         self.request("get_range", key).await?;
-        self.answer(key, Some(range))
+        self.answer(key, Some(range)).map(ObjectBytes::from)
     }
 
     async fn put(&self, key: &str, data: &[u8]) -> Result<(), ObjectError> {

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use futures::executor::block_on;
 
 use super::*;
+use crate::object_store::ObjectBytes;
 use crate::object_store::dir::DirStore;
 use crate::platform::blocking::Blocking;
 use crate::snapshot::{
@@ -91,7 +92,7 @@ impl ObjectStore for Interleaved {
     async fn get(&self, key: &str) -> Result<Vec<u8>, ObjectError> {
         self.inner.get(key).await
     }
-    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Vec<u8>, ObjectError> {
+    async fn get_range(&self, key: &str, range: Range<u64>) -> Result<ObjectBytes, ObjectError> {
         self.inner.get_range(key, range).await
     }
     async fn put(&self, key: &str, data: &[u8]) -> Result<(), ObjectError> {
