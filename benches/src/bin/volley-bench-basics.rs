@@ -9,6 +9,9 @@ use clap::Parser;
 use volley_benches::figure::{Figure, Pair, report};
 use volley_benches::process::{Result, Server, machine, run, sibling, timed};
 
+/// More than the cache holds, so that the node has all the memory it will have.
+const OTHER_IMAGE_MIB: u32 = 384;
+
 /// Measures the basic figures of one node, each beside a peer in the same run.
 #[derive(Debug, Parser)]
 #[command(name = "tools/bench basics")]
@@ -55,12 +58,13 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     let files = tempfile::tempdir_in(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
     let dir = files.path().canonicalize().map_err(|e| e.to_string())?;
     let sockets = tempfile::tempdir().map_err(|e| e.to_string())?;
-    let bench = Bench { args, dir: &dir, sockets: sockets.path(), image: dir.join("image.raw") };
+    let memory = tempfile::tempdir_in("/dev/shm").map_err(|e| format!("/dev/shm: {e}"))?;
+    let bench = Bench { args, dir: &dir, sockets: sockets.path(), memory: memory.path(), image: dir.join("image.raw") };
     println!("{}", machine());
-    bench.make_image()?;
+    make_image(&bench.image, args.image_mib, 1)?;
     let parts: [(&[&str], Part<'_>); 4] = [
         (&["import_vs_qemu_img", "import_vs_qemu_img_plain"], Bench::import),
-        (&["hydrate_vs_fio"], Bench::hydrate),
+        (&["hydrate_vs_fio", "hydrate_from_same_disk_vs_fio"], Bench::hydrate),
         (&["nbd_read4k_qd1_vs_qemu_nbd", "nbd_read4k_qd32_vs_qemu_nbd"], Bench::read),
         (&["create_seconds", "bytes_per_volume", "rss_bytes"], Bench::create),
     ];
@@ -79,19 +83,12 @@ struct Bench<'a> {
     args: &'a Args,
     dir: &'a Path,
     sockets: &'a Path,
+    /// A folder in memory: an object store there takes nothing of the disk, as a remote one.
+    memory: &'a Path,
     image: PathBuf,
 }
 
 impl Bench<'_> {
-    fn make_image(&self) -> Result<()> {
-        let mut file = std::fs::File::create(&self.image).map_err(|e| format!("{}: {e}", self.image.display()))?;
-        for mib in 0..self.args.image_mib {
-            let block = volley_benches::compressible(u64::from(mib) + 1, 1 << 20);
-            std::io::Write::write_all(&mut file, &block).map_err(|e| format!("{}: {e}", self.image.display()))?;
-        }
-        file.sync_all().map_err(|e| e.to_string())
-    }
-
     fn image_bytes(&self) -> f64 {
         f64::from(self.args.image_mib) * f64::from(1 << 20)
     }
@@ -111,8 +108,12 @@ impl Bench<'_> {
     }
 
     fn import_into(&self, objects: &Path) -> Result<f64> {
-        let image = self.image.display().to_string();
-        timed(&mut self.volley(objects, None, &["image", "import", &image, "--name", "bench"])?)
+        self.import_file(objects, &self.image, "bench")
+    }
+
+    fn import_file(&self, objects: &Path, image: &Path, name: &str) -> Result<f64> {
+        let image = image.display().to_string();
+        timed(&mut self.volley(objects, None, &["image", "import", &image, "--name", name])?)
     }
 
     fn node(&self, objects: &Path, data: &Path) -> Result<Server> {
@@ -149,38 +150,68 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// From the request for a volume to the last chunk durable in it, cache cold, beside fio writing as much.
+    /// From the request for a volume to the last chunk durable in it, beside fio writing as much: with the object store in
+    /// memory, so that both have the disk for their writes alone, and with the object store on the same disk, where fio
+    /// reads at the same time what hydration reads. The node has hydrated another image before, so that its memory is its own;
+    /// of this image nothing is cached.
     fn hydrate(&self, figures: &mut Vec<Figure>) -> Result<()> {
-        let objects = self.dir.join("objects");
-        self.import_into(&objects)?;
-        let mut pairs = Vec::new();
-        for run_number in self.runs("hydrate") {
-            let data = self.dir.join(format!("hydrate-{run_number}"));
-            let server = self.node(&objects, &data)?;
-            let http = server.ready_word("http")?;
-            let begun = Instant::now();
-            let create = ["volume", "create", "v", "--snapshot", "bench", "--rate", "unlimited"];
-            run(&mut self.volley(&objects, Some(&http), &create)?)?;
-            run(&mut self.volley(&objects, Some(&http), &["volume", "wait", "v", "--hydrated"])?)?;
-            let ours = self.image_bytes() / begun.elapsed().as_secs_f64() / 1e6;
-            server.stop()?;
-            remove_dir(&data)?;
-            pairs.push(Pair { ours, peer: self.fio_write()? });
+        let (in_memory, on_disk) = (self.memory.join("objects"), self.dir.join("objects"));
+        let other = self.dir.join("other.raw");
+        make_image(&other, OTHER_IMAGE_MIB, 1 << 32)?;
+        for objects in [&in_memory, &on_disk] {
+            self.import_into(objects)?;
+            self.import_file(objects, &other, "other")?;
         }
-        let peer = "fio sequential write, bs=512k direct=1 iodepth=8 io_uring, end_fsync, to a new file";
-        figures.push(Figure::against("hydrate_vs_fio", "MB/s", peer, &pairs));
-        remove_dir(&objects)
+        let shown = run(&mut self.volley(&on_disk, None, &["image", "show", "bench", "--json"])?)?;
+        let shown: serde_json::Value = serde_json::from_str(&shown).map_err(|e| format!("image show: {e}"))?;
+        let stored_mib = shown["stored_bytes"].as_u64().ok_or("image show prints no stored_bytes")? >> 20;
+        let (mut alone, mut beside_reads) = (Vec::new(), Vec::new());
+        for _ in self.runs("hydrate") {
+            alone.push(Pair { ours: self.hydrate_from(&in_memory)?, peer: self.fio_write(0)? });
+            beside_reads.push(Pair { ours: self.hydrate_from(&on_disk)?, peer: self.fio_write(stored_mib)? });
+        }
+        let peer = "fio sequential write, bs=512k direct=1 iodepth=8 io_uring, end_fsync, to a new file; object store in memory";
+        figures.push(Figure::against("hydrate_vs_fio", "MB/s", peer, &alone));
+        let peer =
+            format!("the same fio beside one that reads {stored_mib} MiB, bs=1M iodepth=4; object store on that disk");
+        figures.push(Figure::against("hydrate_from_same_disk_vs_fio", "MB/s", &peer, &beside_reads));
+        remove_dir(&in_memory)?;
+        remove_dir(&on_disk)
     }
 
-    fn fio_write(&self) -> Result<f64> {
+    /// MB/s of hydrating one volume on a node that has hydrated another image.
+    fn hydrate_from(&self, objects: &Path) -> Result<f64> {
+        let data = self.dir.join("hydrate");
+        let server = self.node(objects, &data)?;
+        let http = server.ready_word("http")?;
+        let volume = |name: &str, snapshot: &str| {
+            let begun = Instant::now();
+            let create = ["volume", "create", name, "--snapshot", snapshot, "--rate", "unlimited"];
+            run(&mut self.volley(objects, Some(&http), &create)?)?;
+            run(&mut self.volley(objects, Some(&http), &["volume", "wait", name, "--hydrated"])?)?;
+            Ok::<f64, String>(begun.elapsed().as_secs_f64())
+        };
+        volume("before", "other")?;
+        let seconds = volume("v", "bench")?;
+        server.stop()?;
+        remove_dir(&data)?;
+        Ok(self.image_bytes() / seconds / 1e6)
+    }
+
+    /// MB/s of writing as much as the image, beside a job that reads `read_mib` of the image.
+    fn fio_write(&self, read_mib: u64) -> Result<f64> {
         let file = self.dir.join("fio.raw");
         let mut command = Command::new("fio");
-        command.args(["--name=w", "--rw=write", "--bs=512k", "--direct=1", "--ioengine=io_uring", "--iodepth=8"]);
-        command.args(["--fallocate=none", "--end_fsync=1", &format!("--size={}M", self.args.image_mib)]);
-        command.arg(format!("--filename={}", file.display())).arg("--output-format=json");
-        let result = fio_field(&run(&mut command)?, "write", "runtime")?;
+        command.args(["--output-format=json", "--direct=1", "--ioengine=io_uring"]);
+        command.args(["--name=w", "--rw=write", "--bs=512k", "--iodepth=8", "--fallocate=none", "--end_fsync=1"]);
+        command.arg(format!("--size={}M", self.args.image_mib)).arg(format!("--filename={}", file.display()));
+        if read_mib > 0 {
+            command.args(["--name=r", "--rw=read", "--bs=1M", "--iodepth=4", &format!("--size={read_mib}M")]);
+            command.arg(format!("--filename={}", self.image.display()));
+        }
+        let milliseconds = fio_field(&run(&mut command)?, "write", "runtime")?;
         std::fs::remove_file(&file).map_err(|e| e.to_string())?;
-        Ok(self.image_bytes() / (result / 1e3) / 1e6)
+        Ok(self.image_bytes() / (milliseconds / 1e3) / 1e6)
     }
 
     /// 4 KiB random reads of a hydrated volume: through agent and server, and of the same file through qemu-nbd.
@@ -230,35 +261,58 @@ impl Bench<'_> {
         fio_field(&run(&mut command)?, "read", "iops")
     }
 
-    /// Thousands of volumes of one snapshot: wall time of the request, and memory.
+    /// Thousands of volumes of one snapshot: wall time of the request, and memory. A request of thousands takes memory
+    /// of its own, which the allocator keeps for the next one: so each volume's is what a second batch adds.
     fn create(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let objects = self.dir.join("objects");
         self.import_into(&objects)?;
         let count = self.args.volumes;
-        let (mut seconds, mut idle, mut attached) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut seconds, mut first, mut next, mut attached) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for run_number in self.runs("create") {
-            let data = self.dir.join(format!("create-{run_number}"));
-            let server = self.node(&objects, &data)?;
-            let http = server.ready_word("http")?;
-            // The first volume loads the manifest, which all share.
-            let first = ["volume", "create", "first", "--snapshot", "bench", "--rate", "none"];
-            run(&mut self.volley(&objects, Some(&http), &first)?)?;
-            let before = server.resident_bytes()?;
-            let count_text = count.to_string();
-            let create = ["volume", "create", "--snapshot", "bench", "--rate", "none", "--count", &count_text];
-            let mut command = self.volley(&objects, Some(&http), &create)?;
-            seconds.push(timed(command.args(["--name-prefix", "v"]))?);
-            let after = server.resident_bytes()?;
-            idle.push((after.saturating_sub(before)) as f64 / f64::from(count));
-            attached.push(attach_all(&server, count)? as f64);
-            server.stop()?;
-            remove_dir(&data)?;
+            for attach in [false, true] {
+                let data = self.dir.join(format!("create-{run_number}-{attach}"));
+                let server = self.node(&objects, &data)?;
+                // One volume loads the manifest, which all share.
+                self.create_batch(&server, &objects, "one", 1)?;
+                let idle = server.resident_bytes()?;
+                seconds.push(self.create_batch(&server, &objects, "v", count)?);
+                if attach {
+                    attached.push(attach_all(&server, count)? as f64);
+                } else {
+                    let one_batch = server.resident_bytes()?;
+                    self.create_batch(&server, &objects, "w", count)?;
+                    let two_batches = server.resident_bytes()?;
+                    first.push(one_batch.saturating_sub(idle) as f64 / f64::from(count));
+                    next.push(two_batches.saturating_sub(one_batch) as f64 / f64::from(count));
+                }
+                server.stop()?;
+                remove_dir(&data)?;
+            }
         }
         figures.push(Figure::alone(&format!("create_{count}_seconds"), "s", &seconds));
-        figures.push(Figure::alone("bytes_per_volume", "B", &idle));
+        figures.push(Figure::alone("bytes_per_volume", "B", &next));
+        figures.push(Figure::alone("bytes_per_volume_of_first_batch", "B", &first));
         figures.push(Figure::alone(&format!("rss_{count}_attached_bytes"), "B", &attached));
         remove_dir(&objects)
     }
+
+    /// Creates `count` volumes in one request; returns the seconds it took.
+    fn create_batch(&self, server: &Server, objects: &Path, prefix: &str, count: u32) -> Result<f64> {
+        let (http, count) = (server.ready_word("http")?, count.to_string());
+        let create = ["volume", "create", "--snapshot", "bench", "--rate", "none", "--count", &count];
+        let mut command = self.volley(objects, Some(&http), &create)?;
+        timed(command.args(["--name-prefix", prefix]))
+    }
+}
+
+/// An image of so many MiB that shrink to about a half, the same for the same seed.
+fn make_image(path: &Path, mib: u32, seed: u64) -> Result<()> {
+    let say = |e: std::io::Error| format!("{}: {e}", path.display());
+    let mut file = std::fs::File::create(path).map_err(say)?;
+    for mib in 0..u64::from(mib) {
+        std::io::Write::write_all(&mut file, &volley_benches::compressible(seed + mib, 1 << 20)).map_err(say)?;
+    }
+    file.sync_all().map_err(say)
 }
 
 /// Attaches every volume and reads a sector of each; returns the server's resident memory then.
