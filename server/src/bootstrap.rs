@@ -25,7 +25,7 @@ use crate::platform::glommio::kernel_random_u64;
 use crate::shard::api::{Command, ShardMap};
 use crate::shard::mesh::Mesh;
 use crate::shard::{ShardConfig, StoreConfig};
-use crate::transfer::{QueueLimits, RetryPolicy};
+use crate::transfer::{GateLimits, QueueLimits, RetryPolicy};
 use crate::types::VolumeState;
 use executor::on_temporary_executor;
 pub use reserve::RESERVE;
@@ -54,7 +54,9 @@ pub struct NodeConfig {
     pub cache_bytes: u64,
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
+    /// Rates are the whole node's.
     pub fetch_limits: QueueLimits,
+    pub trace_slow: Option<Duration>,
 }
 
 impl NodeConfig {
@@ -87,12 +89,18 @@ impl NodeConfig {
                 backoff_min: config.retries.backoff_min.0,
                 backoff_max: config.retries.backoff_max.0,
                 corrupt_attempts: config.retries.corrupt_attempts,
+                hedge_percent: config.transfer.hedge_percent,
             },
             fetch_limits: QueueLimits {
-                gets_max: config.hydration.reads_max,
-                gets_background_max: config.hydration.background_reads_max,
+                gate: GateLimits {
+                    gets_max: config.hydration.reads_max,
+                    gets_background_max: config.hydration.background_reads_max,
+                    bytes_per_second: config.transfer.bandwidth.0,
+                    gets_per_second: Some(config.transfer.gets_per_second).filter(|gets| *gets > 0),
+                },
                 get_bytes_max: config.hydration.read_bytes_max.0,
             },
+            trace_slow: Some(config.trace_slow.0).filter(|slow| !slow.is_zero()),
         })
     }
 }
@@ -278,6 +286,7 @@ fn shard_config(
         cache_bytes: usize::try_from(config.cache_bytes).unwrap_or(usize::MAX) / shards,
         guest_deadline: config.guest_deadline,
         retry: config.retry,
-        fetch_limits: config.fetch_limits,
+        fetch_limits: config.fetch_limits.share(shards),
+        trace_slow: config.trace_slow,
     }
 }

@@ -4,6 +4,7 @@
 //! a default in force. `docs/config.md` describes the keys for operators.
 
 mod print;
+mod transfer;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -12,6 +13,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
+
+pub use transfer::TransferConfig;
 
 use crate::object_store::ObjectStoreUrl;
 use crate::transfer::{QueueLimits, RetryPolicy};
@@ -36,8 +39,11 @@ pub struct Config {
     pub idle_poll: Span,
     /// Log filter: `error`, `warn`, `info`, `debug`, `trace`, or per module as `info,volley_server::shard=debug`.
     pub log: String,
+    /// Guest reads of absent data that take longer are logged with their stages; 0s: none.
+    pub trace_slow: Span,
     pub cache: CacheConfig,
     pub hydration: HydrationConfig,
+    pub transfer: TransferConfig,
     pub deadlines: DeadlineConfig,
     pub retries: RetryConfig,
     /// Volume stores; none means one called `default` at `<data>/store`.
@@ -124,6 +130,7 @@ pub struct Overrides {
     pub http: Option<String>,
     pub cores: Option<usize>,
     pub log: Option<String>,
+    pub trace_slow: Option<Duration>,
     /// `LABEL=PATH`; any of them replaces the stores of the file.
     pub stores: Vec<String>,
 }
@@ -152,8 +159,10 @@ impl Default for Config {
             cores: 0,
             idle_poll: Span(Duration::from_micros(100)),
             log: "info".to_string(),
+            trace_slow: Span(Duration::ZERO),
             cache: CacheConfig::default(),
             hydration: HydrationConfig::default(),
+            transfer: TransferConfig::default(),
             deadlines: DeadlineConfig::default(),
             retries: RetryConfig::default(),
             stores: Vec::new(),
@@ -172,8 +181,8 @@ impl Default for HydrationConfig {
         let limits = QueueLimits::default();
         HydrationConfig {
             default_rate: HydrationRate::Unlimited,
-            reads_max: limits.gets_max,
-            background_reads_max: limits.gets_background_max,
+            reads_max: limits.gate.gets_max,
+            background_reads_max: limits.gate.gets_background_max,
             read_bytes_max: ByteSize(limits.get_bytes_max),
         }
     }
@@ -187,7 +196,7 @@ impl Default for DeadlineConfig {
 
 impl Default for RetryConfig {
     fn default() -> RetryConfig {
-        let RetryPolicy { deadline, backoff_min, backoff_max, corrupt_attempts } = RetryPolicy::default();
+        let RetryPolicy { deadline, backoff_min, backoff_max, corrupt_attempts, .. } = RetryPolicy::default();
         RetryConfig {
             deadline: Span(deadline),
             backoff_min: Span(backoff_min),
@@ -246,7 +255,7 @@ impl Config {
     }
 
     fn apply(&mut self, overrides: &Overrides) -> Result<(), ConfigError> {
-        let Overrides { data, object_store, listen, http, cores, log, stores } = overrides;
+        let Overrides { data, object_store, listen, http, cores, log, trace_slow, stores } = overrides;
         if let Some(data) = data {
             self.data.clone_from(data);
         }
@@ -264,6 +273,9 @@ impl Config {
         }
         if let Some(log) = log {
             self.log.clone_from(log);
+        }
+        if let Some(trace_slow) = trace_slow {
+            self.trace_slow = Span(*trace_slow);
         }
         if !stores.is_empty() {
             self.stores = stores.iter().map(|store| store_from_flag(store)).collect::<Result<_, _>>()?;
@@ -293,6 +305,7 @@ impl Config {
             return fail(format!("object_store: {e}"));
         }
         self.check_hydration()?;
+        self.transfer.check()?;
         self.check_deadlines()?;
         self.check_stores()
     }

@@ -7,6 +7,7 @@
 mod create;
 mod extract;
 mod http;
+mod ledger;
 mod node;
 mod problem;
 mod references;
@@ -45,6 +46,7 @@ pub struct Settings {
     pub object_store: String,
     pub stores: Vec<Store>,
     pub default_rate: HydrationRate,
+    pub price_per_million_gets: u64,
     /// Command channel of each shard, by shard number.
     pub commands: Vec<flume::Sender<Command>>,
     /// Data port of each shard, as an operator writes it.
@@ -61,6 +63,7 @@ struct Inner {
     object_store: String,
     stores: Vec<Store>,
     default_rate: HydrationRate,
+    price_per_million_gets: u64,
     addresses: Vec<String>,
     shards: Shards,
     started: SystemTime,
@@ -76,13 +79,15 @@ impl Control {
     #[must_use]
     #[allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
     pub fn new(settings: Settings) -> Control {
-        let Settings { node_id, data, object_store, stores, default_rate, commands, addresses } = settings;
+        let Settings { node_id, data, object_store, stores, default_rate, price_per_million_gets, commands, addresses } =
+            settings;
         Control(Arc::new(Inner {
             node_id,
             data,
             object_store,
             stores,
             default_rate,
+            price_per_million_gets,
             addresses,
             shards: Shards::new(commands),
             started: SystemTime::now(),
@@ -127,6 +132,7 @@ impl Control {
             .route("/healthz", get(node::health))
             .route("/metrics", get(node::metrics))
             .route("/v1/node", get(node::show))
+            .route("/v1/ledger", get(ledger::show))
             .route("/v1/stores", get(node::list_stores))
             .route("/v1/stores/{label}", get(node::show_store))
             .route("/v1/images", get(snapshots::list))

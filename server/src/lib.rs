@@ -9,6 +9,7 @@ pub mod connection;
 pub mod control;
 pub mod datadir;
 pub mod error;
+pub mod histogram;
 pub mod import;
 pub mod journal;
 pub mod limits;

@@ -13,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::datadir::Store;
+use crate::histogram::HistogramCounts;
 use crate::platform::SpaceInfo;
 use crate::shard::api::ShardStats;
 
@@ -82,6 +83,7 @@ pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], of_process: &[Metric
     shard_gauge(&mut out, stats, "volley_connections", "Open connections to the data port.", |s| s.connections);
     reported(&mut out, stats, "counter", |s| &s.counters);
     reported(&mut out, stats, "gauge", |s| &s.gauges);
+    histograms(&mut out, stats);
     let of_store = |value: fn(&StoreGauges) -> u64| {
         stores.iter().map(move |s| (format!("store=\"{}\"", escape(&s.label)), value(s))).collect::<Vec<_>>()
     };
@@ -120,6 +122,31 @@ fn reported(
     }
     for (name, (help, samples)) in families {
         family(out, &format!("volley_{name}"), kind, help, samples);
+    }
+}
+
+/// Histograms that the shards report, in Prometheus' cumulative buckets.
+fn histograms(out: &mut String, stats: &[ShardStats]) {
+    let mut families: BTreeMap<&str, (&str, Vec<(String, &HistogramCounts)>)> = BTreeMap::new();
+    for shard in stats {
+        for (name, help, counts) in &shard.histograms {
+            let (name, labels) = name.split_once('{').unwrap_or((name, ""));
+            let labels = format!("{},{}", shard_label(shard), labels.trim_end_matches('}'));
+            families.entry(name).or_insert((help, Vec::new())).1.push((labels, counts));
+        }
+    }
+    for (name, (help, series)) in families {
+        let _ = writeln!(out, "# HELP volley_{name} {help}\n# TYPE volley_{name} histogram");
+        for (labels, counts) in series {
+            let mut cumulative = 0;
+            for (i, count) in counts.counts.iter().enumerate() {
+                cumulative += count;
+                let bound = HistogramCounts::bound_seconds(i).map_or("+Inf".to_string(), |bound| bound.to_string());
+                let _ = writeln!(out, "volley_{name}_bucket{{{labels},le=\"{bound}\"}} {cumulative}");
+            }
+            let _ = writeln!(out, "volley_{name}_sum{{{labels}}} {}", counts.sum_us as f64 / 1e6);
+            let _ = writeln!(out, "volley_{name}_count{{{labels}}} {cumulative}");
+        }
     }
 }
 
@@ -189,6 +216,8 @@ mod tests {
     use super::*;
 
     fn stats(shard: usize, reads: u64) -> ShardStats {
+        let mut spans = HistogramCounts::default();
+        (spans.counts[0], spans.counts[10], spans.sum_us) = (2, 1, 1_026);
         ShardStats {
             shard,
             volumes: 3,
@@ -198,6 +227,7 @@ mod tests {
                 ("frames_refused_total{reason=\"body\"}", "Frames refused.", 3),
             ],
             gauges: vec![("cache_ram_bytes", "Bytes of chunks in RAM.", 4096)],
+            histograms: vec![("fetch_stage_seconds{stage=\"queue\"}", "Stages.", spans)],
             ..ShardStats::default()
         }
     }
@@ -211,6 +241,15 @@ mod tests {
         assert!(text.contains(family), "{text}");
         assert!(text.contains("volley_frames_refused_total{shard=\"1\",reason=\"body\"} 3\n"), "{text}");
         assert!(text.contains("volley_cache_ram_bytes{shard=\"1\"} 4096\n"), "{text}");
+        for line in [
+            "_bucket{shard=\"1\",stage=\"queue\",le=\"0.000001\"} 2",
+            "_bucket{shard=\"1\",stage=\"queue\",le=\"0.001024\"} 3",
+            "_bucket{shard=\"1\",stage=\"queue\",le=\"+Inf\"} 3",
+            "_sum{shard=\"1\",stage=\"queue\"} 0.001026",
+            "_count{shard=\"1\",stage=\"queue\"} 3",
+        ] {
+            assert!(text.contains(&format!("volley_fetch_stage_seconds{line}\n")), "{line} in {text}");
+        }
         assert!(text.contains("volley_store_free_bytes{store=\"a\\\"b\"} 5\n"), "{text}");
         assert!(text.contains("volley_process_start_time_seconds 1.5\n"), "{text}");
         assert!(text.contains("volley_process_resident_memory_bytes "), "{text}");
@@ -226,7 +265,9 @@ mod tests {
             } else if !line.starts_with("# HELP ") {
                 let (name, value) = line.rsplit_once(' ').unwrap();
                 assert!(value.parse::<f64>().is_ok(), "{line}");
-                assert!(types.contains(name.split('{').next().unwrap()), "{line}");
+                let name = name.split('{').next().unwrap();
+                let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+                assert!(types.contains(name) || types.contains(family.unwrap_or(name)), "{line}");
             }
         }
     }

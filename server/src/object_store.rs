@@ -18,9 +18,12 @@ pub enum ObjectError {
     /// The object is shorter than the range asked for, or fails a checksum of the store.
     #[error("{0}")]
     Corrupt(String),
-    /// May succeed later: timeouts, throttling, unreachable store.
+    /// May succeed later: an unreachable store, an error of its own.
     #[error("{0}")]
     Retry(String),
+    /// May succeed later, if we ask less: the store asks to slow down, or did not answer in time.
+    #[error("{0}")]
+    SlowDown(String),
     /// Will not succeed by itself: denied, misconfigured.
     #[error("{0}")]
     Fatal(String),

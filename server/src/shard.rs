@@ -13,7 +13,7 @@ mod locks;
 mod manifests;
 pub mod mesh;
 pub mod residency;
-mod signal;
+pub(crate) mod signal;
 pub mod stats;
 mod upkeep;
 mod volume;
@@ -33,6 +33,7 @@ use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::snapshot::Manifest;
+use crate::transfer::ledger::Origin;
 use crate::transfer::{QueueLimits, RetryPolicy, Transfer};
 use crate::types::{VolumeId, VolumeState};
 use api::{AttachInfo, Command, ConnectionId, Handler, Reply, Request, ShardMap};
@@ -41,7 +42,7 @@ use hydrate::Store;
 use manifests::Manifests;
 use mesh::{Mesh, MeshMessage};
 use signal::{Signal, within};
-use stats::Counters;
+use stats::{Counters, StageTimes};
 pub(crate) use volume::SET_ASIDE;
 use volume::Volume;
 
@@ -76,6 +77,8 @@ pub struct ShardConfig {
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
+    /// Guest reads that take longer are logged with their stages.
+    pub trace_slow: Option<Duration>,
 }
 
 struct Inner<P: Platform, O: ObjectStore> {
@@ -87,6 +90,7 @@ struct Inner<P: Platform, O: ObjectStore> {
     manifests: Rc<Manifests<P, O>>,
     mesh: Mesh,
     counters: Rc<Counters>,
+    stages: Rc<StageTimes>,
     connections: Rc<Connections>,
     stores: Vec<Store>,
     volumes: RefCell<BTreeMap<VolumeId, Rc<Volume<P>>>>,
@@ -129,6 +133,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         commands: flume::Receiver<Command>,
     ) -> Result<Shard<P, O>> {
         let counters = Rc::new(Counters::default());
+        let stages = Rc::new(StageTimes::default());
         let transfer = Transfer::new(
             platform.clone(),
             objects.clone(),
@@ -136,6 +141,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             config.fetch_limits,
             config.retry,
             counters.clone(),
+            stages.clone(),
         );
         let manifests = Rc::new(Manifests::new(platform.clone(), objects.clone(), config.retry.deadline));
         let shares = config.shards as u64;
@@ -154,6 +160,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             manifests,
             mesh,
             counters,
+            stages,
             connections: Rc::default(),
             volumes: RefCell::default(),
             names: RefCell::default(),
@@ -175,13 +182,19 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         for state in states {
             assert_eq!(state.spec.id.owner(self.0.config.shards), self.0.config.shard, "a volume of another shard");
             let store = self.store_of(&state.spec)?;
-            let path = self.0.stores[store].volumes_dir.join(format!("{}.raw", state.spec.id));
-            self.adopt(Rc::new(Volume::new(&self.0.platform, state, path, store)?));
+            self.adopt(Rc::new(self.open_volume(state, store)?));
         }
         for store in &self.0.stores {
             self.tidy_store(store).await?;
         }
         Ok(())
+    }
+
+    fn open_volume(&self, state: VolumeState, store: usize) -> Result<Volume<P>> {
+        let path = self.0.stores[store].volumes_dir.join(format!("{}.raw", state.spec.id));
+        let snapshot = state.spec.snapshot.as_ref().map_or_else(|| Arc::from(""), |snapshot| snapshot.name.clone());
+        let account = self.0.transfer.account(&Origin { snapshot, batch: state.spec.batch });
+        Volume::new(&self.0.platform, state, path, store, account)
     }
 
     /// Ends deletions that a crash cut short; names files that belong to no volume, but never removes them.

@@ -5,6 +5,7 @@
 
 pub mod catalog;
 pub mod chunk;
+mod decoder;
 pub mod manifest;
 pub mod marker;
 pub mod pack;
@@ -12,6 +13,7 @@ pub mod read;
 
 pub use catalog::CatalogError;
 pub use chunk::{CorruptChunk, EncodedChunk, Encoding, decode_chunk, encode_chunk, is_zero};
+pub use decoder::{ChunkDecoder, Step};
 pub use manifest::{ChunkEntry, Manifest, ManifestError, SnapshotInfo};
 pub use pack::{PACK_BYTES_MAX, PackBuilder, PackError, PackIndex, PackedChunk};
 

@@ -3,22 +3,29 @@
 //! The queue (plain core) decides the order; this shell runs GETs, verifies, retries and answers the waiters. A fetch
 //! belongs to the chunk's shard, never to its first caller: a caller that goes away cancels nothing.
 
+mod gate;
+mod get;
+mod hedge;
+pub mod ledger;
 mod queue;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use queue::{FetchClass, FetchQueue, GetPlan, QueueLimits};
+pub use gate::GateLimits;
+pub use queue::{FetchClass, FetchQueue, GetPlan, Next, QueueLimits};
 
 use crate::cache::{ChunkCache, ChunkData};
-use crate::error::{Error, Result, Status};
+use crate::error::Result;
 use crate::mutation::{self, Mutation};
-use crate::object_store::{ObjectBytes, ObjectError, ObjectStore};
+use crate::object_store::{ObjectBytes, ObjectStore};
 use crate::platform::{Platform, Queue, Time};
-use crate::shard::stats::Counters;
-use crate::snapshot::{ChunkEntry, Manifest, decode_chunk};
+use crate::shard::stats::{Counters, StageTimes};
+use crate::snapshot::{ChunkEntry, Manifest};
+use hedge::Hedge;
+use ledger::{Account, Ledger, Origin};
 
 /// BLAKE3 digest of a chunk's content: its name.
 pub type Digest = [u8; 32];
@@ -32,6 +39,7 @@ pub struct ChunkSource {
     pub offset: u64,
     pub stored_len: u32,
     pub chunk_len: u32,
+    pub origin: Arc<Origin>,
 }
 
 /// Chunks of one pack whose offsets fall into the same stretch of this size belong to one shard, so that neighbours
@@ -42,11 +50,12 @@ pub const STRETCH_BYTES: u64 = 4 << 20;
 impl ChunkSource {
     /// `None` for a zero chunk.
     #[must_use]
-    pub fn of(manifest: &Manifest, chunk: u32) -> Option<ChunkSource> {
+    pub fn of(manifest: &Manifest, chunk: u32, origin: &Arc<Origin>) -> Option<ChunkSource> {
         let entry = manifest.chunk(chunk);
         let ChunkEntry::Stored { pack, offset, stored_len, digest, .. } = entry else { return None };
         let pack_key = Arc::from(manifest.pack_key(pack));
-        Some(ChunkSource { pack_key, entry, digest, offset, stored_len, chunk_len: manifest.chunk_len(chunk) })
+        let (chunk_len, origin) = (manifest.chunk_len(chunk), origin.clone());
+        Some(ChunkSource { pack_key, entry, digest, offset, stored_len, chunk_len, origin })
     }
 
     /// The shard that fetches and caches the chunk.
@@ -66,6 +75,8 @@ pub struct RetryPolicy {
     pub backoff_max: Duration,
     /// How often a chunk that fails its digest is fetched again.
     pub corrupt_attempts: u32,
+    /// Of 100 priority GETs so many may be sent a second time when they are slow; 0: none.
+    pub hedge_percent: u32,
 }
 
 impl Default for RetryPolicy {
@@ -75,19 +86,67 @@ impl Default for RetryPolicy {
             backoff_min: Duration::from_millis(50),
             backoff_max: Duration::from_secs(3),
             corrupt_attempts: 3,
+            hedge_percent: 5,
         }
     }
 }
 
-pub type FetchReply = flume::Sender<Result<ChunkData>>;
+/// Where a chunk was when it was asked for, the nearest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tier {
+    Ram,
+    ObjectStore,
+}
+
+impl Tier {
+    /// As in metrics and logs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Ram => "ram",
+            Tier::ObjectStore => "object_store",
+        }
+    }
+}
+
+/// What became of a fetch, stage by stage, for those who ask why a read was slow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Story {
+    pub tier: Tier,
+    /// Waiting for its turn.
+    pub queue: Duration,
+    /// Asking the object store, repetitions included.
+    pub transfer: Duration,
+    /// Decompression and digest, those of chunks before it in the same GET included.
+    pub verify: Duration,
+}
+
+impl Story {
+    const RAM: Story =
+        Story { tier: Tier::Ram, queue: Duration::ZERO, transfer: Duration::ZERO, verify: Duration::ZERO };
+}
+
+/// A verified chunk.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    pub data: ChunkData,
+    pub story: Story,
+}
+
+pub type FetchReply = flume::Sender<Result<Fetched>>;
 
 struct Inner<P: Platform, O: ObjectStore> {
     platform: P,
     objects: O,
     retry: RetryPolicy,
     counters: Rc<Counters>,
+    stages: Rc<StageTimes>,
+    ledger: Ledger,
     queue: RefCell<FetchQueue<FetchReply>>,
+    hedge: RefCell<Hedge>,
     cache: RefCell<ChunkCache>,
+    /// A task waits for the budgets.
+    waits_for_budget: Cell<bool>,
 }
 
 /// Cheap clone.
@@ -99,6 +158,9 @@ impl<P: Platform, O: ObjectStore> Clone for Transfer<P, O> {
     }
 }
 
+/// A dispatch that waits for a budget looks again at least this often.
+const BUDGET_WAIT_MAX: Duration = Duration::from_secs(1);
+
 impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     pub fn new(
         platform: P,
@@ -107,30 +169,52 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         limits: QueueLimits,
         retry: RetryPolicy,
         counters: Rc<Counters>,
+        stages: Rc<StageTimes>,
     ) -> Self {
-        let queue = RefCell::new(FetchQueue::new(limits));
+        let queue = RefCell::new(FetchQueue::new(limits, platform.now()));
         let cache = RefCell::new(ChunkCache::new(cache_bytes));
-        Transfer(Rc::new(Inner { platform, objects, retry, counters, queue, cache }))
+        let hedge = RefCell::new(Hedge::new(retry.hedge_percent));
+        let (ledger, waits_for_budget) = (Ledger::default(), Cell::new(false));
+        let inner = Inner { platform, objects, retry, counters, stages, ledger, queue, hedge, cache, waits_for_budget };
+        Transfer(Rc::new(inner))
     }
 
-    pub fn cached(&self, digest: &Digest) -> Option<ChunkData> {
-        let found = self.0.cache.borrow_mut().get(digest);
-        if found.is_some() {
-            self.0.counters.cache_hits.add(1);
-        }
-        found
+    /// The account of an origin on this shard.
+    pub fn account(&self, origin: &Origin) -> Rc<Account> {
+        self.0.ledger.account(origin)
+    }
+
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.0.ledger
+    }
+
+    fn cached(&self, source: &ChunkSource) -> Option<ChunkData> {
+        let data = self.0.cache.borrow_mut().get(&source.digest)?;
+        self.0.counters.cache_hits.add(1);
+        let account = self.account(&source.origin);
+        account.ram_bytes.add(u64::from(source.chunk_len));
+        account.saved_bytes.add(u64::from(source.stored_len));
+        Some(data)
     }
 
     /// Answers each reply with its verified chunk: from the cache, by joining (and promoting) a fetch that is under
     /// way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
     pub fn fetch(&self, wanted: Vec<(ChunkSource, FetchReply)>, class: FetchClass) {
+        let now = self.0.platform.now();
         for (source, reply) in wanted {
-            if let Some(data) = self.cached(&source.digest) {
-                let _ = reply.send(Ok(data));
+            if let Some(data) = self.cached(&source) {
+                let _ = reply.send(Ok(Fetched { data, story: Story::RAM }));
                 continue;
             }
-            if self.0.queue.borrow_mut().push(source, class, reply) {
+            let (account, chunk_len) = (self.account(&source.origin), u64::from(source.chunk_len));
+            let stored_len = u64::from(source.stored_len);
+            if self.0.queue.borrow_mut().push(source, class, reply, now) {
                 self.0.counters.fetches_joined.add(1);
+                account.joined_bytes.add(chunk_len);
+                account.saved_bytes.add(stored_len);
+            } else {
+                account.fetched_bytes.add(chunk_len);
             }
         }
         self.dispatch();
@@ -145,15 +229,30 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         self.0.queue.borrow().check()
     }
 
-    /// Gauges: bytes cached, chunks queued, GETs in flight.
-    pub fn gauges(&self) -> (u64, u64, u64) {
+    /// Name, help text and value of each gauge.
+    pub fn gauges(&self) -> Vec<(&'static str, &'static str, u64)> {
         let queue = self.0.queue.borrow();
-        (self.0.cache.borrow().used_bytes() as u64, queue.queued() as u64, queue.gets_in_flight() as u64)
+        let cached = self.0.cache.borrow().used_bytes();
+        vec![
+            ("cache_ram_bytes", "Bytes of verified chunks in the RAM cache.", cached as u64),
+            ("fetches_queued", "Chunks waiting for a GET.", queue.queued() as u64),
+            ("object_gets_in_flight", "GETs in flight to the object store.", queue.gate.in_flight() as u64),
+            (
+                "object_gets_window",
+                "GETs that may be in flight: halved when the object store asks to slow down.",
+                queue.gate.window() as u64,
+            ),
+        ]
     }
 
     fn dispatch(&self) {
         loop {
-            let Some(plan) = self.0.queue.borrow_mut().next_get() else { return };
+            let next = self.0.queue.borrow_mut().next_get(self.0.platform.now());
+            let plan = match next {
+                Next::Start(plan) => plan,
+                Next::After(wait) => return self.dispatch_after(wait.min(BUDGET_WAIT_MAX)),
+                Next::Idle => return,
+            };
             let task_queue = match plan.class {
                 FetchClass::Background => Queue::Background,
                 FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
@@ -163,15 +262,29 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         }
     }
 
+    fn dispatch_after(&self, wait: Duration) {
+        if self.0.waits_for_budget.replace(true) {
+            return;
+        }
+        let transfer = self.clone();
+        self.0.platform.spawn(Queue::Background, async move {
+            transfer.0.platform.sleep(wait).await;
+            transfer.0.waits_for_budget.set(false);
+            transfer.dispatch();
+        });
+    }
+
     async fn run(self, plan: GetPlan) {
-        let deadline = self.0.platform.now().after(self.0.retry.deadline);
+        let begun = self.0.platform.now();
+        let deadline = begun.after(self.0.retry.deadline);
         let got = self.get(&plan, deadline).await;
+        let flight = Flight { begun, answered: self.0.platform.now(), deadline };
         if plan.class != FetchClass::Priority && self.any_promoted(&plan) {
             // A priority fetch joined meanwhile: what is left to do runs at its urgency.
             let transfer = self.clone();
-            self.0.platform.spawn(Queue::Serve, async move { transfer.deliver(plan, got, deadline).await });
+            self.0.platform.spawn(Queue::Serve, async move { transfer.deliver(plan, got, flight).await });
         } else {
-            self.deliver(plan, got, deadline).await;
+            self.deliver(plan, got, flight).await;
         }
     }
 
@@ -180,23 +293,34 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         plan.sources.iter().any(|source| queue.is_promoted(&source.digest))
     }
 
-    async fn deliver(&self, plan: GetPlan, got: Result<ObjectBytes>, deadline: Time) {
+    async fn deliver(&self, plan: GetPlan, got: Result<ObjectBytes>, flight: Flight) {
         let mut order: Vec<usize> = (0..plan.sources.len()).collect();
         order.sort_by_key(|i| !self.0.queue.borrow().is_promoted(&plan.sources[*i].digest));
         for i in order {
             let source = &plan.sources[i];
             let result = match &got {
-                Ok(bytes) => self.verify(source, &bytes[plan.slice(i)], deadline).await,
+                Ok(bytes) => self.verify(source, &bytes[plan.slice(i)], flight.deadline).await,
                 Err(error) => Err(error.clone()),
             };
-            self.finish(source, result);
+            self.finish(source, result, self.story(&plan, &flight));
             self.0.platform.yield_now().await;
         }
-        self.0.queue.borrow_mut().get_done(plan.class);
+        self.0.queue.borrow_mut().gate.done(plan.class);
         self.dispatch();
     }
 
-    fn finish(&self, source: &ChunkSource, result: Result<ChunkData>) {
+    fn story(&self, plan: &GetPlan, flight: &Flight) -> Story {
+        let story = Story {
+            tier: Tier::ObjectStore,
+            queue: flight.begun.since(plan.queued_at),
+            transfer: flight.answered.since(flight.begun),
+            verify: self.0.platform.now().since(flight.answered),
+        };
+        self.0.stages.fetched(&story);
+        story
+    }
+
+    fn finish(&self, source: &ChunkSource, result: Result<ChunkData>, story: Story) {
         let result = match result {
             Err(_) if mutation::on(Mutation::FailedFetchIsZeroes) => Ok(Arc::new(vec![0; source.chunk_len as usize])),
             result => result,
@@ -208,6 +332,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
                 self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);
             }
         }
+        let result = result.map(|data| Fetched { data, story });
         let waiters = self.0.queue.borrow_mut().take_waiters(&source.digest);
         let gone = waiters.first().is_some_and(|first| first.is_disconnected());
         for waiter in waiters {
@@ -217,63 +342,11 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             let _ = waiter.send(result.clone());
         }
     }
+}
 
-    /// One ranged GET, retried with jittered exponential back-off until the deadline.
-    async fn get(&self, plan: &GetPlan, deadline: Time) -> Result<ObjectBytes> {
-        let mut backoff = self.0.retry.backoff_min;
-        loop {
-            self.0.counters.object_gets.add(1);
-            let error = match self.0.objects.get_range(&plan.pack_key, plan.range.clone()).await {
-                Ok(bytes) if bytes.len() as u64 == plan.range.end - plan.range.start => {
-                    self.0.counters.object_get_bytes.add(bytes.len() as u64);
-                    return Ok(bytes);
-                }
-                Ok(bytes) => ObjectError::Corrupt(format!("{}: short answer of {} bytes", plan.pack_key, bytes.len())),
-                Err(error) => error,
-            };
-            self.0.counters.object_errors.add(1);
-            let status = match error {
-                ObjectError::Retry(_) => Status::ObjectStore,
-                ObjectError::NotFound(_) | ObjectError::Corrupt(_) => Status::Corrupt,
-                ObjectError::Fatal(_) | ObjectError::AlreadyExists(_) => Status::ObjectStore,
-            };
-            let wait = self.jittered(backoff);
-            let retry = matches!(error, ObjectError::Retry(_));
-            if !retry || self.0.platform.now().after(wait) >= deadline {
-                return Err(Error::new(status, format!("object store: {error}")));
-            }
-            self.0.counters.object_retries.add(1);
-            self.0.platform.sleep(wait).await;
-            backoff = (backoff * 2).min(self.0.retry.backoff_max);
-        }
-    }
-
-    /// Half to the whole of the back-off, so that shards do not retry in step.
-    fn jittered(&self, backoff: Duration) -> Duration {
-        backoff / 2 + backoff.mul_f64(self.0.platform.random_u64() as f64 / u64::MAX as f64) / 2
-    }
-
-    /// Checks a chunk against its digest (P3); fetches it again alone when it is corrupt.
-    async fn verify(&self, source: &ChunkSource, stored: &[u8], deadline: Time) -> Result<ChunkData> {
-        let mut again;
-        let mut stored = stored;
-        for attempt in 1.. {
-            match decode_chunk(&source.entry, stored, source.chunk_len) {
-                Ok(data) => return Ok(Arc::new(data)),
-                Err(corrupt) => {
-                    self.0.counters.corrupt_chunks.add(1);
-                    let at = format!("{} offset {}", source.pack_key, source.offset);
-                    self.0
-                        .counters
-                        .event(self.0.platform.wall_clock_ms(), &format!("corrupt chunk in {at}: {corrupt}"));
-                    if attempt >= self.0.retry.corrupt_attempts || self.0.platform.now() >= deadline {
-                        return Err(Error::new(Status::Corrupt, format!("chunk in {at} is corrupt: {corrupt}")));
-                    }
-                }
-            }
-            again = self.get(&GetPlan::single(source.clone()), deadline).await?;
-            stored = &again;
-        }
-        unreachable!("the loop ends by returning")
-    }
+/// Times of one GET.
+struct Flight {
+    begun: Time,
+    answered: Time,
+    deadline: Time,
 }

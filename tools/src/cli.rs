@@ -15,6 +15,7 @@ mod api;
 pub mod batch;
 pub mod check;
 pub mod image;
+pub mod ledger;
 pub mod node;
 pub mod store;
 pub mod volume;
@@ -46,6 +47,8 @@ enum Command {
     /// Look at the server.
     #[command(subcommand)]
     Node(node::NodeCommand),
+    /// Show what guests asked for, where it came from, and what sharing saved, by image and batch.
+    Ledger(ledger::LedgerArgs),
     /// Verify the data directory of a node that is not running. Exit code 0: clean, 1: findings, 2: could not check.
     Check(check::CheckArgs),
 }
@@ -97,6 +100,7 @@ pub fn main() -> ExitCode {
         Command::Batch(command) => batch::run(&cli.globals, command),
         Command::Store(command) => store::run(&cli.globals, command),
         Command::Node(command) => node::run(&cli.globals, command),
+        Command::Ledger(args) => ledger::run(&cli.globals, args),
         Command::Check(args) => return check::run(&cli.globals, args),
     };
     main_exit(cli.globals.json, result)

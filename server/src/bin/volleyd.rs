@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use tokio::runtime::Runtime;
@@ -15,6 +16,7 @@ use volley_server::config::{Config, Overrides};
 use volley_server::control::{Control, Settings};
 use volley_server::datadir::DataDir;
 use volley_server::notify;
+use volley_server::units::parse_duration;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -47,6 +49,9 @@ struct Args {
     /// Log filter: error, warn, info, debug, trace, or per module.
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
+    /// Log guest reads of absent data that take longer, with their stages: queue, transfer, verification.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    trace_slow: Option<Duration>,
     /// Print the configuration that would be used, with every default and what it means, and exit.
     #[arg(long)]
     print_config: bool,
@@ -65,8 +70,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), String> {
-    let Args { config, data, object_store, listen, http, cores, stores, log, print_config } = args;
-    let overrides = Overrides { data, object_store, listen, http, cores, log, stores };
+    let Args { config, data, object_store, listen, http, cores, stores, log, trace_slow, print_config } = args;
+    let overrides = Overrides { data, object_store, listen, http, cores, log, trace_slow, stores };
     let config = Config::load(config.as_deref(), &overrides).map_err(|e| e.to_string())?;
     if print_config {
         return say(&config.to_toml());
@@ -88,6 +93,7 @@ fn run(args: Args) -> Result<(), String> {
         object_store,
         stores: data.stores.clone(),
         default_rate: config.hydration.default_rate,
+        price_per_million_gets: config.transfer.price_per_million_gets,
         commands: node.commands.clone(),
         addresses: node.addresses.clone(),
     });

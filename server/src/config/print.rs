@@ -15,8 +15,10 @@ pub(super) fn to_toml(config: &Config) -> String {
         cores,
         idle_poll,
         log,
+        trace_slow,
         cache,
         hydration,
+        transfer,
         deadlines,
         retries,
         stores,
@@ -55,6 +57,9 @@ idle_poll = "{idle_poll}"
 # error, warn, info, debug, trace, or per module: "info,volley_server::shard=debug".
 log = {log}
 
+# Guest reads of absent data that take longer than this are logged with their stages. "0s": none.
+trace_slow = "{trace_slow}"
+
 [cache]
 # RAM for chunks of the whole node, split evenly over the shards.
 ram_bytes = "{ram_bytes}"
@@ -68,6 +73,17 @@ reads_max = {reads_max}
 background_reads_max = {background_reads_max}
 # Neighbouring chunks of a pack are fetched in one read of at most this size.
 read_bytes_max = "{read_bytes_max}"
+
+# The object store as the whole node uses it; every shard has an equal share.
+[transfer]
+# Bytes received per second ("unlimited" or "500MiB/s") and GETs per second (0: unlimited). What guests wait for goes into
+# debt that background hydration pays.
+bandwidth = "{bandwidth}"
+gets_per_second = {gets_per_second}
+# Of 100 GETs that guests wait for so many may be sent a second time when they are slower than 95 of 100. 0: none.
+hedge_percent = {hedge_percent}
+# Price of 1,000,000 GETs, in any unit of money: `volley ledger` multiplies by it.
+price_per_million_gets = {price_per_million_gets}
 
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
@@ -91,6 +107,10 @@ corrupt_attempts = {corrupt_attempts}
         reads_max = hydration.reads_max,
         background_reads_max = hydration.background_reads_max,
         read_bytes_max = hydration.read_bytes_max,
+        bandwidth = transfer.bandwidth,
+        gets_per_second = transfer.gets_per_second,
+        hedge_percent = transfer.hedge_percent,
+        price_per_million_gets = transfer.price_per_million_gets,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,
         deadline = retries.deadline,

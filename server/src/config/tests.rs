@@ -33,12 +33,19 @@ fn printing_covers_every_key() {
         cores: 3,
         idle_poll: Span(Duration::from_micros(70)),
         log: "debug".to_string(),
+        trace_slow: Span(Duration::from_millis(20)),
         cache: CacheConfig { ram_bytes: ByteSize(64 << 20) },
         hydration: HydrationConfig {
             default_rate: HydrationRate::BytesPerSecond(1_000_000),
             reads_max: 5,
             background_reads_max: 2,
             read_bytes_max: ByteSize(8 << 20),
+        },
+        transfer: TransferConfig {
+            bandwidth: Bandwidth(Some(5 << 20)),
+            gets_per_second: 70,
+            hedge_percent: 3,
+            price_per_million_gets: 40,
         },
         deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },
         retries: RetryConfig {

@@ -236,3 +236,22 @@ fn a_stopped_shard_is_reported_as_shutting_down() {
     assert_eq!(code(&node.get("/healthz")), (503, "shutting_down"));
     assert_eq!(code(&node.post("/v1/volumes", &json!({"size_bytes": 4096, "name": "a"}))), (503, "shutting_down"));
 }
+
+#[test]
+fn the_ledger_adds_up_shards_by_image_and_batch() {
+    let node = Node::start(2);
+    let (status, ledger) = node.get("/v1/ledger");
+    assert_eq!(status, 200);
+    let gets = |line: &Value| line["gets"].as_u64().expect("gets");
+    assert_eq!((gets(&ledger["node"]), &ledger["node"]["cost"]), (14, &json!(7.0)));
+    let images: Vec<_> = ledger["images"].as_array().expect("images").iter().map(|l| (&l["image"], gets(l))).collect();
+    assert_eq!(images, [(&json!("debian"), 6), (&json!("image-0"), 4), (&json!("image-1"), 4)]);
+    let batches = ledger["batches"].as_array().expect("batches");
+    assert_eq!(batches.len(), 1);
+    let batch = json!({ "image": "debian", "batch": "000000000000000b", "gets": 2, "object_bytes": 2000, "cost": 1.0 });
+    for (key, value) in batch.as_object().expect("fields") {
+        assert_eq!(&batches[0][key], value, "{key}");
+    }
+    let (_, metrics) = node.text("/metrics");
+    assert!(metrics.contains("# TYPE volley_ledger_gets_total counter\nvolley_ledger_gets_total 14\n"), "{metrics}");
+}

@@ -4,6 +4,8 @@ use std::future::Future;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::histogram::HistogramCounts;
+use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{HydrationRate, VolumeId, VolumeSpec};
 
 /// A connection of this process's life: unique over all shards.
@@ -212,6 +214,10 @@ pub enum Command {
     Stats {
         reply: ReplyTo<ShardStats>,
     },
+    /// What each image and batch caused on this shard.
+    Ledger {
+        reply: ReplyTo<Vec<(Origin, Totals)>>,
+    },
     /// Runs an object-store operation on this shard for the control thread.
     Objects {
         op: ObjectOp,
@@ -248,6 +254,8 @@ pub struct ShardStats {
     pub counters: Vec<(&'static str, &'static str, u64)>,
     /// Name, help text and value of each gauge, e.g. ("cache_ram_bytes", "...", 1048576).
     pub gauges: Vec<(&'static str, &'static str, u64)>,
+    /// Name, help text and counts of each histogram of durations.
+    pub histograms: Vec<(&'static str, &'static str, HistogramCounts)>,
     /// Snapshot names that volumes of this shard still need (not hydrated).
     pub snapshots_needed: Vec<String>,
     /// Recent events that name causes, oldest first, at most 64.

@@ -46,6 +46,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.wait_hydrated(&name, Duration::from_millis(timeout_ms)).await));
             }
             Command::Stats { reply } => drop(reply.send(self.stats())),
+            Command::Ledger { reply } => drop(reply.send(self.0.transfer.ledger().totals())),
             Command::Objects { op, reply } => drop(reply.send(self.object_op(op).await)),
             Command::Stop { reply } => {
                 self.stop().await;
@@ -121,9 +122,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Err(Error::new(Status::Invalid, message));
         }
         let hydrated = manifest.is_none();
-        let path = self.0.stores[store].volumes_dir.join(format!("{}.raw", spec.id));
         let state = VolumeState { spec, generation: 0, residency: Vec::new(), hydrated };
-        let volume = Volume::new(&self.0.platform, state, path, store)?;
+        let volume = self.open_volume(state, store)?;
         if let Some(manifest) = manifest {
             volume.set_manifest(manifest, true);
         }
@@ -284,7 +284,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn stats(&self) -> ShardStats {
         let volumes = self.volumes();
         let count = |which: &dyn Fn(&Rc<Volume<P>>) -> bool| volumes.iter().filter(|v| which(v)).count() as u64;
-        let (cached, queued, gets) = self.0.transfer.gauges();
         let needed = |v: &Rc<Volume<P>>| v.spec.snapshot.as_ref().filter(|_| !v.hydrated.get()).map(|s| s.name.clone());
         let mut snapshots_needed: Vec<String> =
             volumes.iter().filter_map(needed).map(|name| name.to_string()).collect();
@@ -292,6 +291,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         snapshots_needed.dedup();
         let mut counters = self.0.counters.snapshot();
         counters.extend(self.0.connections.counters());
+        let mut gauges = self.0.transfer.gauges();
+        gauges.push(("requests_in_flight", "Data-path requests being served.", self.0.in_flight.get()));
+        gauges.push((
+            "connections_held_bytes",
+            "Bytes held for peers: requests, replies not taken yet, large receive buffers.",
+            self.0.connections.held_bytes() as u64,
+        ));
         ShardStats {
             shard: self.0.config.shard,
             volumes: volumes.len() as u64,
@@ -299,17 +305,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volumes_attached: count(&|v| v.attached.get().is_some()),
             connections: self.0.connections.open(),
             counters,
-            gauges: vec![
-                (
-                    "connections_held_bytes",
-                    "Bytes held for peers: requests, replies not taken yet, large receive buffers.",
-                    self.0.connections.held_bytes() as u64,
-                ),
-                ("cache_ram_bytes", "Bytes of verified chunks in the RAM cache.", cached),
-                ("fetches_queued", "Chunks waiting for a GET.", queued),
-                ("object_gets_in_flight", "GETs in flight to the object store.", gets),
-                ("requests_in_flight", "Data-path requests being served.", self.0.in_flight.get()),
-            ],
+            gauges,
+            histograms: self.0.stages.snapshot(),
             snapshots_needed,
             events: self.0.counters.events(),
         }

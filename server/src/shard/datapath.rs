@@ -13,7 +13,7 @@ use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
-use crate::platform::{Platform, Queue};
+use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
 use crate::shard::api::{ConnectionId, FetchUntil, Reply};
 use crate::shard::locks::Mode;
@@ -21,7 +21,7 @@ use crate::shard::mesh::MeshMessage;
 use crate::shard::residency::SectorRange;
 use crate::shard::signal::within;
 use crate::shard::volume::{Volume, copy_padded, is_zero};
-use crate::transfer::{ChunkSource, FetchClass};
+use crate::transfer::{ChunkSource, FetchClass, Fetched, Story};
 use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR_BYTES, VolumeId};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
@@ -34,10 +34,10 @@ const ZERO_STEP_BYTES: u64 = 32 << 20;
 pub(super) const MISS_FILLS_MAX: usize = 64;
 
 /// A chunk on its way from the shard that owns it. Dropping it cancels nothing.
-pub(super) struct Answer(flume::Receiver<Result<ChunkData>>);
+pub(super) struct Answer(flume::Receiver<Result<Fetched>>);
 
 impl Answer {
-    pub(super) async fn chunk(self) -> Result<ChunkData> {
+    pub(super) async fn chunk(self) -> Result<Fetched> {
         let stopped = |_| Err(Error::new(Status::Busy, "the shard that fetches the chunk is overloaded or stopping"));
         self.0.recv_async().await.unwrap_or_else(stopped)
     }
@@ -47,14 +47,21 @@ impl Answer {
 #[derive(Clone)]
 enum Content {
     Zero,
-    Data(ChunkData),
+    Data(Fetched),
 }
 
 impl Content {
     fn bytes(&self) -> &[u8] {
         match self {
             Content::Zero => &[],
-            Content::Data(data) => data,
+            Content::Data(fetched) => &fetched.data,
+        }
+    }
+
+    fn story(&self) -> Option<Story> {
+        match self {
+            Content::Zero => None,
+            Content::Data(fetched) => Some(fetched.story),
         }
     }
 }
@@ -140,6 +147,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.counters.guest_read_bytes.add(range.len);
         volume.counters.reads.add(1);
         volume.counters.read_bytes.add(range.len);
+        volume.account.asked_bytes.add(range.len);
         let mut out = vec![0; len as usize];
         if volume.map.borrow().is_resident(range.sectors()) {
             self.read_resident(&volume, range, &mut out).await?;
@@ -147,6 +155,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         self.0.counters.guest_read_misses.add(1);
         volume.counters.read_misses.add(1);
+        let begun = self.0.platform.now();
         let contents = self.contents(&volume, range, FetchClass::Priority).await?;
         let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         // Residency is looked up again now: what guests wrote while the chunks were fetched is in the file.
@@ -167,10 +176,35 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 at = stop;
             }
         }
+        self.note_miss(&volume, range, &contents, begun);
         for (chunk, content) in contents {
             self.fill_behind(&volume, chunk, content);
         }
         Ok(Reply::Data(out))
+    }
+
+    /// Where the time of a read that found chunks absent went; told in the log when it was a lot.
+    fn note_miss(&self, volume: &Volume<P>, range: ByteRange, contents: &[(u32, Content)], begun: Time) {
+        let took = self.0.platform.now().since(begun);
+        let stories = contents.iter().filter_map(|(_, content)| content.story());
+        let Some(slowest) = stories.max_by_key(|story| (story.tier, story.queue + story.transfer + story.verify))
+        else {
+            return;
+        };
+        self.0.stages.read_missed(slowest.tier, took);
+        if self.0.config.trace_slow.is_some_and(|slow| took >= slow) {
+            tracing::warn!(
+                volume = &*volume.spec.name,
+                offset = range.offset,
+                len = range.len,
+                tier = slowest.tier.name(),
+                total_us = took.as_micros(),
+                queue_us = slowest.queue.as_micros(),
+                transfer_us = slowest.transfer.as_micros(),
+                verify_us = slowest.verify.as_micros(),
+                "slow read"
+            );
+        }
     }
 
     async fn read_resident(&self, volume: &Volume<P>, range: ByteRange, out: &mut [u8]) -> Result<()> {
@@ -221,7 +255,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let mut contents: Vec<_> = zero.into_iter().map(|chunk| (chunk, Content::Zero)).collect();
         let sources: Vec<_> = stored
             .iter()
-            .map(|chunk| ChunkSource::of(&manifest, *chunk).expect("zero chunks were sorted out"))
+            .map(|chunk| {
+                ChunkSource::of(&manifest, *chunk, &volume.account.origin).expect("zero chunks were sorted out")
+            })
             .collect();
         let answers = join_all(self.request(sources, class).into_iter().map(Answer::chunk)).await;
         for (chunk, data) in stored.into_iter().zip(answers) {
@@ -281,7 +317,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     async fn fill(&self, volume: &Rc<Volume<P>>, chunk: u32, content: &Content) -> Result<()> {
         match content {
             Content::Zero => volume.fill_zero(chunk..=chunk).await,
-            Content::Data(data) => self.fill_data(volume, chunk, data).await,
+            Content::Data(fetched) => self.fill_data(volume, chunk, &fetched.data).await,
         }
     }
 

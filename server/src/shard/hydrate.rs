@@ -170,10 +170,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     /// Copies what can be copied; the first error is told after the rest is done.
     async fn copy_chunks(&self, volume: &Rc<Volume<P>>, manifest: &Manifest, chunks: Vec<u32>) -> Result<()> {
-        let sources = chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk)).collect();
+        let sources =
+            chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk, &volume.account.origin)).collect();
         let copies = chunks.into_iter().zip(self.request(sources, FetchClass::Background));
         let copies = copies.map(async |(chunk, answer)| {
-            let copied = self.fill_data(volume, chunk, &answer.chunk().await?).await;
+            let copied = self.fill_data(volume, chunk, &answer.chunk().await?.data).await;
             self.0.platform.yield_now().await;
             copied
         });

@@ -69,7 +69,9 @@ impl<P: Platform, O: ObjectStore> Manifests<P, O> {
                 ObjectError::Corrupt(_) => Status::Corrupt,
                 _ => Status::ObjectStore,
             };
-            if !matches!(error, ObjectError::Retry(_)) || self.platform.now().after(pause) >= deadline {
+            if !matches!(error, ObjectError::Retry(_) | ObjectError::SlowDown(_))
+                || self.platform.now().after(pause) >= deadline
+            {
                 return Err(Error::new(status, format!("snapshot {name:?}: {error}")));
             }
             self.platform.sleep(pause).await;

@@ -2,6 +2,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::histogram::{Histogram, HistogramCounts};
+use crate::transfer::{Story, Tier};
 
 /// Events kept for the operator; older ones are only in the log.
 const EVENTS_MAX: usize = 64;
@@ -59,12 +63,55 @@ counters! {
     object_get_bytes: "Bytes received from the object store.",
     object_errors: "GETs that failed.",
     object_retries: "GETs repeated after a failure.",
+    object_throttles: "GETs that the object store asked to slow down, or did not answer in time.",
+    object_hedges: "Second attempts of slow priority GETs.",
     corrupt_chunks: "Chunks that failed their digest and were dropped.",
     filled_chunks: "Chunks written into volumes by hydration.",
     filled_bytes: "Bytes written into volumes by hydration.",
     fills_deferred: "Fills of read misses put off because the store's hydration share was spent.",
     syncs: "Volume file syncs.",
     checkpoints: "Journal checkpoints.",
+}
+
+/// Where the time of fetches and of reads that waited for them went.
+#[derive(Default)]
+pub struct StageTimes {
+    queue: Histogram,
+    transfer: Histogram,
+    verify: Histogram,
+    read_ram: Histogram,
+    read_object_store: Histogram,
+}
+
+impl StageTimes {
+    /// A chunk came from the object store.
+    pub fn fetched(&self, story: &Story) {
+        self.queue.add(story.queue);
+        self.transfer.add(story.transfer);
+        self.verify.add(story.verify);
+    }
+
+    /// A guest's read found chunks absent; `tier` is the slowest that it waited for.
+    pub fn read_missed(&self, tier: Tier, took: Duration) {
+        match tier {
+            Tier::Ram => self.read_ram.add(took),
+            Tier::ObjectStore => self.read_object_store.add(took),
+        }
+    }
+
+    /// Metric name with labels, help text and counts of each histogram.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<(&'static str, &'static str, HistogramCounts)> {
+        const FETCH: &str = "Stages of chunks fetched from the object store.";
+        const READ: &str = "Guest reads that touched an absent chunk, by the slowest tier that answered.";
+        vec![
+            ("fetch_stage_seconds{stage=\"queue\"}", FETCH, self.queue.snapshot()),
+            ("fetch_stage_seconds{stage=\"transfer\"}", FETCH, self.transfer.snapshot()),
+            ("fetch_stage_seconds{stage=\"verify\"}", FETCH, self.verify.snapshot()),
+            ("guest_read_miss_seconds{tier=\"ram\"}", READ, self.read_ram.snapshot()),
+            ("guest_read_miss_seconds{tier=\"object_store\"}", READ, self.read_object_store.snapshot()),
+        ]
+    }
 }
 
 impl Counters {

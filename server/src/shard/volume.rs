@@ -19,6 +19,7 @@ use crate::shard::residency::{ResidencyMap, SectorRange};
 use crate::shard::signal::Signal;
 use crate::shard::stats::{Counter, Counters};
 use crate::snapshot::Manifest;
+use crate::transfer::ledger::Account;
 use crate::types::{HydrationRate, SECTOR_BYTES, VolumeSpec, VolumeState};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
@@ -80,6 +81,8 @@ pub struct Volume<P: Platform> {
     pub deleted: Cell<bool>,
     pub hydration: RefCell<Hydration>,
     pub counters: VolumeCounters,
+    /// On whose account its chunks are fetched.
+    pub account: Rc<Account>,
     manifest: RefCell<Option<Arc<Manifest>>>,
     platform: P,
     path: PathBuf,
@@ -104,7 +107,13 @@ impl<P: Platform> Volume<P> {
     ///
     /// # Errors
     /// `Corrupt` when the journal's residency does not fit the volume.
-    pub fn new(platform: &P, state: VolumeState, path: PathBuf, store: usize) -> Result<Volume<P>> {
+    pub fn new(
+        platform: &P,
+        state: VolumeState,
+        path: PathBuf,
+        store: usize,
+        account: Rc<Account>,
+    ) -> Result<Volume<P>> {
         let VolumeState { spec, generation, residency, hydrated } = state;
         let now = platform.now();
         // Half the range apart from any earlier life's version.
@@ -145,6 +154,7 @@ impl<P: Platform> Volume<P> {
             deleted: Cell::new(false),
             hydration: RefCell::new(hydration),
             counters: VolumeCounters::default(),
+            account,
             manifest: RefCell::new(None),
             platform: platform.clone(),
             path,

@@ -2,14 +2,17 @@
 //!
 //! Priority before boot-set before background, first come first served within a class. At most one entry per chunk;
 //! a second request joins it and lends it its class (priority inheritance). Neighbours in a pack that wait in the
-//! queue are merged into one ranged GET. Background GETs leave slots free that only priority may use.
+//! queue are merged into one ranged GET. When the next may start is the gate's to say.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::gate::{Admission, Gate, GateLimits};
 use super::{ChunkSource, Digest};
 use crate::mutation::{self, Mutation};
+use crate::platform::Time;
 
 /// Order of urgency, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,26 +24,44 @@ pub enum FetchClass {
 
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
-    /// GETs in flight at once, of all classes.
-    pub gets_max: usize,
-    /// Of those, how many may be boot-set or background; the rest is reserved for priority.
-    pub gets_background_max: usize,
+    pub gate: GateLimits,
     /// Largest merged GET.
     pub get_bytes_max: u64,
 }
 
+impl QueueLimits {
+    /// One shard's part of the node's rates. Slots are each shard's own.
+    #[must_use]
+    pub fn share(self, shards: usize) -> QueueLimits {
+        let part = |rate: Option<u64>| rate.map(|rate| (rate / shards as u64).max(1));
+        let (bytes_per_second, gets_per_second) = (part(self.gate.bytes_per_second), part(self.gate.gets_per_second));
+        QueueLimits { gate: GateLimits { bytes_per_second, gets_per_second, ..self.gate }, ..self }
+    }
+}
+
 impl Default for QueueLimits {
     fn default() -> QueueLimits {
-        // 16 × 512 KiB covers the bandwidth-delay product of 2.5 Gbit/s at 25 ms; a quarter stays for priority. A stretch and
-        // the chunk across its end are one GET.
-        QueueLimits { gets_max: 16, gets_background_max: 12, get_bytes_max: 8 << 20 }
+        // A stretch and the chunk across its end are one GET.
+        QueueLimits { gate: GateLimits::default(), get_bytes_max: 8 << 20 }
     }
+}
+
+/// What may be done next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    Start(GetPlan),
+    /// Nothing before this time has passed: a budget is spent.
+    After(Duration),
+    /// Nothing before a chunk is wanted or a GET ends.
+    Idle,
 }
 
 /// One ranged GET and the chunks in it, in the order of their offsets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GetPlan {
     pub class: FetchClass,
+    /// When its first chunk was asked for.
+    pub queued_at: Time,
     pub pack_key: Arc<str>,
     pub range: Range<u64>,
     pub sources: Vec<ChunkSource>,
@@ -50,7 +71,13 @@ impl GetPlan {
     #[must_use]
     pub fn single(source: ChunkSource) -> GetPlan {
         let range = source.offset..source.offset + u64::from(source.stored_len);
-        GetPlan { class: FetchClass::Priority, pack_key: source.pack_key.clone(), range, sources: vec![source] }
+        let (class, queued_at) = (FetchClass::Priority, Time::default());
+        GetPlan { class, queued_at, pack_key: source.pack_key.clone(), range, sources: vec![source] }
+    }
+
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.range.end - self.range.start
     }
 
     /// Where chunk `i` lies in the answer.
@@ -67,6 +94,7 @@ struct Entry<W> {
     waiters: Vec<W>,
     /// `None`: in flight.
     queued: Option<(FetchClass, u64)>,
+    queued_at: Time,
     /// The most urgent class of its waiters.
     class: FetchClass,
     /// A more urgent waiter joined while it was in flight.
@@ -75,28 +103,25 @@ struct Entry<W> {
 
 /// `W` is whatever the shell uses to answer a waiter.
 pub struct FetchQueue<W> {
-    limits: QueueLimits,
+    get_bytes_max: u64,
+    pub gate: Gate,
     entries: hashbrown::HashMap<Digest, Entry<W>, ahash::RandomState>,
     order: BTreeMap<(FetchClass, u64), Digest>,
     /// Queued chunks by place, to find neighbours.
     places: BTreeMap<(Arc<str>, u64), Digest>,
     sequence: u64,
-    in_flight: usize,
-    in_flight_background: usize,
 }
 
 impl<W> FetchQueue<W> {
     #[must_use]
-    pub fn new(limits: QueueLimits) -> FetchQueue<W> {
-        assert!(limits.gets_background_max < limits.gets_max, "priority needs reserved slots");
+    pub fn new(limits: QueueLimits, now: Time) -> FetchQueue<W> {
         FetchQueue {
-            limits,
+            get_bytes_max: limits.get_bytes_max,
+            gate: Gate::new(limits.gate, now),
             entries: hashbrown::HashMap::with_hasher(ahash::RandomState::with_seeds(9, 10, 11, 12)),
             order: BTreeMap::new(),
             places: BTreeMap::new(),
             sequence: 0,
-            in_flight: 0,
-            in_flight_background: 0,
         }
     }
 
@@ -105,13 +130,8 @@ impl<W> FetchQueue<W> {
         self.order.len()
     }
 
-    #[must_use]
-    pub fn gets_in_flight(&self) -> usize {
-        self.in_flight
-    }
-
     /// Adds a waiter; `true` if the chunk was queued or in flight already. A more urgent class promotes it.
-    pub fn push(&mut self, source: ChunkSource, class: FetchClass, waiter: W) -> bool {
+    pub fn push(&mut self, source: ChunkSource, class: FetchClass, waiter: W, now: Time) -> bool {
         self.sequence += 1;
         let mut source = source;
         if mutation::on(Mutation::SingleFlightBroken) {
@@ -133,25 +153,24 @@ impl<W> FetchQueue<W> {
         self.order.insert((class, self.sequence), digest);
         self.places.insert((source.pack_key.clone(), source.offset), digest);
         let queued = Some((class, self.sequence));
-        self.entries.insert(digest, Entry { source, waiters: vec![waiter], queued, class, promoted: false });
+        self.entries
+            .insert(digest, Entry { source, waiters: vec![waiter], queued, queued_at: now, class, promoted: false });
         false
     }
 
-    /// The next GET to start, or `None` when nothing may start now.
-    pub fn next_get(&mut self) -> Option<GetPlan> {
-        let (&(class, _), &digest) = self.order.iter().next()?;
-        let background = class != FetchClass::Priority;
-        if self.in_flight >= self.limits.gets_max
-            || (background && self.in_flight_background >= self.limits.gets_background_max)
-        {
-            return None;
+    /// The next GET to start, which is then in flight.
+    pub fn next_get(&mut self, now: Time) -> Next {
+        let Some((&(class, _), &digest)) = self.order.iter().next() else { return Next::Idle };
+        match self.gate.admits(class, now) {
+            Admission::Now => {}
+            Admission::After(wait) => return Next::After(wait),
+            Admission::WhenOneEnds => return Next::Idle,
         }
-        self.in_flight += 1;
-        self.in_flight_background += usize::from(background);
-        let mut plan = GetPlan::single(self.start(&digest));
-        plan.class = class;
+        let mut plan =
+            GetPlan { class, queued_at: self.entries[&digest].queued_at, ..GetPlan::single(self.start(&digest)) };
         while self.extend(&mut plan) {}
-        Some(plan)
+        self.gate.start(class, plan.bytes(), now);
+        Next::Start(plan)
     }
 
     /// Takes the queued chunk right behind the plan's range into it, if it is at most as urgent and fits. Urgent work
@@ -162,7 +181,7 @@ impl<W> FetchQueue<W> {
         let entry = &self.entries[&digest];
         let same_class = entry.queued.is_some_and(|(class, _)| class == plan.class);
         let end = plan.range.end + u64::from(entry.source.stored_len);
-        if !same_class || end - plan.range.start > self.limits.get_bytes_max {
+        if !same_class || end - plan.range.start > self.get_bytes_max {
             return false;
         }
         plan.range.end = end;
@@ -199,17 +218,7 @@ impl<W> FetchQueue<W> {
         if queued != self.order.len() {
             return Err(format!("{queued} chunks are queued, {} have a turn", self.order.len()));
         }
-        let (all, background) = (self.in_flight, self.in_flight_background);
-        if all > self.limits.gets_max || background > self.limits.gets_background_max {
-            return Err(format!("{all} GETs in flight, {background} of them background, exceed {:?}", self.limits));
-        }
-        Ok(())
-    }
-
-    /// A GET ended: frees its slot.
-    pub fn get_done(&mut self, class: FetchClass) {
-        self.in_flight -= 1;
-        self.in_flight_background -= usize::from(class != FetchClass::Priority);
+        self.gate.check()
     }
 }
 

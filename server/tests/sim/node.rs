@@ -164,11 +164,18 @@ pub struct NodeSettings {
     pub cache_bytes: usize,
     pub hydration_bandwidth: Option<u64>,
     pub deadline: Duration,
+    pub hedge_percent: u32,
 }
 
 impl Default for NodeSettings {
     fn default() -> NodeSettings {
-        NodeSettings { shards: 1, cache_bytes: 4 << 20, hydration_bandwidth: None, deadline: Duration::from_secs(20) }
+        NodeSettings {
+            shards: 1,
+            cache_bytes: 4 << 20,
+            hydration_bandwidth: None,
+            deadline: Duration::from_secs(20),
+            hedge_percent: 0,
+        }
     }
 }
 
@@ -262,8 +269,13 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         stores: STORES.iter().map(|label| store(label)).collect(),
         cache_bytes: settings.cache_bytes,
         guest_deadline: settings.deadline,
-        retry: RetryPolicy { deadline: FETCH_DEADLINE, ..RetryPolicy::default() },
+        retry: RetryPolicy {
+            deadline: FETCH_DEADLINE,
+            hedge_percent: settings.hedge_percent,
+            ..RetryPolicy::default()
+        },
         fetch_limits: QueueLimits::default(),
+        trace_slow: None,
     }
 }
 

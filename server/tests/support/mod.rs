@@ -111,6 +111,7 @@ impl Node {
             guest_deadline: options.guest_deadline,
             retry: RetryPolicy::default(),
             fetch_limits: QueueLimits::default(),
+            trace_slow: None,
         };
         let mut journals = Vec::new();
         let mut parts = Vec::new();

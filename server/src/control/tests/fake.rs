@@ -12,6 +12,7 @@ use crate::error::{Error, Result, Status};
 use crate::object_store::{ObjectError, ObjectMeta};
 use crate::shard::api::{Command, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
 use crate::snapshot::{ChunkEntry, Manifest, SnapshotInfo, manifest_key};
+use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeSpec, batch_text};
 
 pub(super) const NODE_ID: u128 = 0xabc;
@@ -85,6 +86,7 @@ impl Node {
             object_store: "file:/objects".to_string(),
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
+            price_per_million_gets: 500_000,
             commands: commands.clone(),
             addresses: vec!["127.0.0.1:1".to_string(); shards],
         });
@@ -276,8 +278,20 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
             let _ = reply.send(waited);
         }
         Command::Stats { reply } => drop(reply.send(stats(volumes, shard))),
+        Command::Ledger { reply } => drop(reply.send(ledger(shard))),
         Command::Objects { .. } | Command::Stop { .. } => unreachable!("handled by the caller"),
     }
+}
+
+/// Each shard fetched for one batch of a shared image, and for an image of its own.
+fn ledger(shard: usize) -> Vec<(Origin, Totals)> {
+    let origin = |snapshot: &str, batch| Origin { snapshot: Arc::from(snapshot), batch };
+    let totals = |gets| Totals { gets, object_bytes: 1000 * gets, ..Totals::default() };
+    vec![
+        (origin("debian", Some(0xb)), totals(1)),
+        (origin("debian", None), totals(2)),
+        (origin(&format!("image-{shard}"), None), totals(4)),
+    ]
 }
 
 fn stats(volumes: &BTreeMap<String, VolumeStatus>, shard: usize) -> ShardStats {

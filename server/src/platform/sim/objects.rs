@@ -159,7 +159,8 @@ impl SimObjects {
         self.executor.note(op, &[u64::from(crc32fast::hash(key.as_bytes())), u64::from(fails), u64::from(down)]);
         if down || fails {
             state.stats.failed += 1;
-            return Err(ObjectError::Retry(format!("{key}: simulated {}", if down { "outage" } else { "failure" })));
+            let text = format!("{key}: simulated {}", if down { "outage" } else { "failure" });
+            return Err(if state.rng.coin() { ObjectError::SlowDown(text) } else { ObjectError::Retry(text) });
         }
         Ok(())
     }
