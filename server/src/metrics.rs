@@ -127,7 +127,8 @@ fn reported(
 
 /// Histograms that the shards report, in Prometheus' cumulative buckets.
 fn histograms(out: &mut String, stats: &[ShardStats]) {
-    let mut families: BTreeMap<&str, (&str, Vec<(String, &HistogramCounts)>)> = BTreeMap::new();
+    type Series<'a> = Vec<(String, &'a HistogramCounts)>;
+    let mut families: BTreeMap<&str, (&str, Series)> = BTreeMap::new();
     for shard in stats {
         for (name, help, counts) in &shard.histograms {
             let (name, labels) = name.split_once('{').unwrap_or((name, ""));

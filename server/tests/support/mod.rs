@@ -13,6 +13,7 @@ use volley_server::shard::api::{AttachInfo, Command, ConnectionId, Handler, Repl
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
 use volley_server::snapshot::{ChunkEntry, Manifest, PackBuilder, SnapshotInfo, encode_chunk, manifest_key, pack_key};
+use volley_server::transfer::ledger::Totals;
 use volley_server::transfer::{QueueLimits, RetryPolicy};
 use volley_server::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
@@ -68,12 +69,21 @@ pub struct Options {
     pub cache_bytes: usize,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
+    pub retry: RetryPolicy,
+    pub fetch_limits: QueueLimits,
 }
 
 impl Default for Options {
     fn default() -> Options {
         let guest_deadline = Duration::from_secs(30);
-        Options { shards: 1, cache_bytes: 4 << 20, guest_deadline, hydration_bandwidth: None }
+        Options {
+            shards: 1,
+            cache_bytes: 4 << 20,
+            guest_deadline,
+            hydration_bandwidth: None,
+            retry: RetryPolicy::default(),
+            fetch_limits: QueueLimits::default(),
+        }
     }
 }
 
@@ -109,8 +119,8 @@ impl Node {
             }],
             cache_bytes: options.cache_bytes,
             guest_deadline: options.guest_deadline,
-            retry: RetryPolicy::default(),
-            fetch_limits: QueueLimits::default(),
+            retry: options.retry,
+            fetch_limits: options.fetch_limits,
             trace_slow: None,
         };
         let mut journals = Vec::new();
@@ -216,6 +226,23 @@ impl Node {
     pub async fn counter(&self, shard: usize, name: &str) -> u64 {
         let stats = self.command(shard, |reply| Command::Stats { reply }).await;
         stats.counters.iter().find(|(n, ..)| *n == name).unwrap_or_else(|| panic!("no counter {name}")).2
+    }
+
+    /// A gauge of one shard, by its metric name.
+    pub async fn gauge(&self, shard: usize, name: &str) -> u64 {
+        let stats = self.command(shard, |reply| Command::Stats { reply }).await;
+        stats.gauges.iter().find(|(n, ..)| *n == name).unwrap_or_else(|| panic!("no gauge {name}")).2
+    }
+
+    /// What the accounts of one image and batch add up to over all shards.
+    pub async fn ledger(&self, snapshot: &str, batch: Option<u64>) -> Totals {
+        let mut sum = Totals::default();
+        for shard in 0..self.shards.len() {
+            let accounts = self.command(shard, |reply| Command::Ledger { reply }).await;
+            let wanted = accounts.iter().filter(|(origin, _)| &*origin.snapshot == snapshot && origin.batch == batch);
+            wanted.for_each(|(_, totals)| sum += *totals);
+        }
+        sum
     }
 
     pub async fn events(&self, shard: usize) -> Vec<String> {

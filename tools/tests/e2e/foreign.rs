@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::{Agent, Node, Site, available, number, run_in};
+use crate::harness::{Agent, Node, NodeOptions, Site, available, number, run_in};
 use crate::image_file::{CHUNK, MIB, assert_same, noise, write_image};
 
 /// Several chunks of each kind, and an end that is no multiple of a chunk or of 4096.
@@ -19,10 +19,15 @@ pub(crate) const IMAGE_BYTES: u64 = 33 * MIB + 3 * 512;
 
 /// A site with an imported image, a node without background hydration, `count` volumes `web-0…`, and an agent.
 pub(crate) fn served(count: u32) -> (Site, Node, Agent) {
+    served_with(&NodeOptions::default(), count)
+}
+
+/// [`served`] by a node with these options.
+pub(crate) fn served_with(options: &NodeOptions, count: u32) -> (Site, Node, Agent) {
     let site = Site::new();
     write_image(&site.path("image.raw"), IMAGE_BYTES, 7);
     site.import(&site.path("image.raw"), "debian-12");
-    let node = site.start_default();
+    let node = site.start(options);
     node.create(&site, "debian-12", count, "web-");
     let agent = site.agent("agent", &[]);
     (site, node, agent)

@@ -14,6 +14,7 @@ mod harness;
 mod hostile;
 mod image_file;
 mod images;
+mod ledger;
 mod lifecycle;
 mod recovery;
 mod torture;
