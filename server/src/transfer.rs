@@ -4,15 +4,18 @@
 //! belongs to the chunk's shard, never to its first caller: a caller that goes away cancels nothing.
 
 mod queue;
+mod tiers;
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use queue::{FetchClass, FetchQueue, GetPlan, QueueLimits};
 
-use crate::cache::{ChunkCache, ChunkData};
+use crate::cache::disk::DiskTier;
+use crate::cache::reads::ReadQueue;
+use crate::cache::{ChunkCache, ChunkData, Rank};
 use crate::error::{Error, Result, Status};
 use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectBytes, ObjectError, ObjectStore};
@@ -52,8 +55,13 @@ impl ChunkSource {
     /// The shard that fetches and caches the chunk.
     #[must_use]
     pub fn owner(&self, shards: usize) -> usize {
-        let pack = u64::from(crc32fast::hash(self.pack_key.as_bytes()));
-        ((pack + self.offset / STRETCH_BYTES) % shards as u64) as usize
+        (self.placement() % shards as u64) as usize
+    }
+
+    /// What decides the owner, whatever the number of shards is.
+    #[must_use]
+    pub fn placement(&self) -> u64 {
+        u64::from(crc32fast::hash(self.pack_key.as_bytes())) + self.offset / STRETCH_BYTES
     }
 }
 
@@ -88,6 +96,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     counters: Rc<Counters>,
     queue: RefCell<FetchQueue<FetchReply>>,
     cache: RefCell<ChunkCache>,
+    disk: OnceCell<DiskTier<P>>,
+    reads: RefCell<ReadQueue<FetchReply>>,
 }
 
 /// Cheap clone.
@@ -110,29 +120,31 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     ) -> Self {
         let queue = RefCell::new(FetchQueue::new(limits));
         let cache = RefCell::new(ChunkCache::new(cache_bytes));
-        Transfer(Rc::new(Inner { platform, objects, retry, counters, queue, cache }))
+        let (disk, reads) = (OnceCell::new(), RefCell::default());
+        Transfer(Rc::new(Inner { platform, objects, retry, counters, queue, cache, disk, reads }))
     }
 
     pub fn cached(&self, digest: &Digest) -> Option<ChunkData> {
-        let found = self.0.cache.borrow_mut().get(digest);
-        if found.is_some() {
-            self.0.counters.cache_hits.add(1);
-        }
-        found
+        self.0.cache.borrow_mut().get(digest)
     }
 
-    /// Answers each reply with its verified chunk: from the cache, by joining (and promoting) a fetch that is under
-    /// way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
+    /// Answers each reply with its verified chunk: from a tier of the cache, by joining (and promoting) a fetch that is
+    /// under way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
     pub fn fetch(&self, wanted: Vec<(ChunkSource, FetchReply)>, class: FetchClass) {
         for (source, reply) in wanted {
             if let Some(data) = self.cached(&source.digest) {
                 let _ = reply.send(Ok(data));
                 continue;
             }
+            if self.on_disk(&source.digest) {
+                self.0.reads.borrow_mut().push(source, class, reply);
+                continue;
+            }
             if self.0.queue.borrow_mut().push(source, class, reply) {
                 self.0.counters.fetches_joined.add(1);
             }
         }
+        self.start_reads();
         self.dispatch();
     }
 
@@ -141,14 +153,14 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     /// # Errors
     /// A sentence that names what does not hold.
     pub fn check_invariants(&self) -> std::result::Result<(), String> {
-        self.0.cache.borrow().check()?;
+        self.check_tiers()?;
         self.0.queue.borrow().check()
     }
 
-    /// Gauges: bytes cached, chunks queued, GETs in flight.
-    pub fn gauges(&self) -> (u64, u64, u64) {
+    /// Gauges: chunks queued, GETs in flight.
+    pub fn gauges(&self) -> (u64, u64) {
         let queue = self.0.queue.borrow();
-        (self.0.cache.borrow().used_bytes() as u64, queue.queued() as u64, queue.gets_in_flight() as u64)
+        (queue.queued() as u64, queue.gets_in_flight() as u64)
     }
 
     fn dispatch(&self) {
@@ -189,20 +201,24 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
                 Ok(bytes) => self.verify(source, &bytes[plan.slice(i)], deadline).await,
                 Err(error) => Err(error.clone()),
             };
-            self.finish(source, result);
+            self.finish(source, plan.class, result);
             self.0.platform.yield_now().await;
         }
         self.0.queue.borrow_mut().get_done(plan.class);
         self.dispatch();
     }
 
-    fn finish(&self, source: &ChunkSource, result: Result<ChunkData>) {
+    fn finish(&self, source: &ChunkSource, class: FetchClass, result: Result<ChunkData>) {
         let result = match result {
             Err(_) if mutation::on(Mutation::FailedFetchIsZeroes) => Ok(Arc::new(vec![0; source.chunk_len as usize])),
             result => result,
         };
         match &result {
-            Ok(data) => self.0.cache.borrow_mut().insert(source.digest, data.clone()),
+            Ok(data) => {
+                let promoted = self.0.queue.borrow().is_promoted(&source.digest);
+                let rank = if promoted { Rank::Normal } else { tiers::rank_of(class) };
+                self.0.cache.borrow_mut().insert(source.digest, data.clone(), rank);
+            }
             Err(error) => {
                 self.0.counters.fetch_failures.add(1);
                 self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);
@@ -259,7 +275,10 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         let mut stored = stored;
         for attempt in 1.. {
             match decode_chunk(&source.entry, stored, source.chunk_len) {
-                Ok(data) => return Ok(Arc::new(data)),
+                Ok(data) => {
+                    self.keep_on_disk(source, stored);
+                    return Ok(Arc::new(data));
+                }
                 Err(corrupt) => {
                     self.0.counters.corrupt_chunks.add(1);
                     let at = format!("{} offset {}", source.pack_key, source.offset);

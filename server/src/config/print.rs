@@ -25,6 +25,10 @@ pub(super) fn to_toml(config: &Config) -> String {
         Some(url) => format!("object_store = {}", text(url)),
         None => "# object_store = \"file:/var/lib/volley/objects\"".to_string(),
     };
+    let cache_dir = match &cache.dir {
+        Some(dir) => format!("dir = {}", text(&dir.to_string_lossy())),
+        None => "# dir = \"/mnt/nvme0/volley-cache\"".to_string(),
+    };
     let rate = match hydration.default_rate {
         HydrationRate::BytesPerSecond(bytes) => format!("{}/s", ByteSize(bytes)),
         other => other.to_string(),
@@ -58,6 +62,10 @@ log = {log}
 [cache]
 # RAM for chunks of the whole node, split evenly over the shards.
 ram_bytes = "{ram_bytes}"
+# Disk for chunks of the whole node, so that a restart stays warm. "0" is no disk cache; else at least 64MiB.
+disk_bytes = "{disk_bytes}"
+# Where the disk cache lies: <data>/cache unless given. It may be lost at any time.
+{cache_dir}
 
 [hydration]
 # Rate of volumes whose creator names none: "unlimited", "none" (only what is touched) or bytes per second.
@@ -88,6 +96,7 @@ corrupt_attempts = {corrupt_attempts}
         http = text(http),
         log = text(log),
         ram_bytes = cache.ram_bytes,
+        disk_bytes = cache.disk_bytes,
         reads_max = hydration.reads_max,
         background_reads_max = hydration.background_reads_max,
         read_bytes_max = hydration.read_bytes_max,

@@ -3,8 +3,9 @@
 use std::future::Future;
 use std::sync::Arc;
 
+use crate::cache::TierStatus;
 use crate::error::Result;
-use crate::types::{HydrationRate, VolumeId, VolumeSpec};
+use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
 /// A connection of this process's life: unique over all shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -212,6 +213,27 @@ pub enum Command {
     Stats {
         reply: ReplyTo<ShardStats>,
     },
+    /// This shard's part of the chunk cache.
+    ShowCache {
+        reply: ReplyTo<CacheStatus>,
+    },
+    /// Starts to fetch the chunks of an image that this shard owns into the cache, in the background; with `pin` they
+    /// stay in RAM, as far as there is room for pinned chunks. Answered when it has begun.
+    WarmCache {
+        snapshot: SnapshotRef,
+        pin: bool,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// Takes back what warming an image has pinned, and ends its warming; answers how many chunks.
+    UnpinCache {
+        image: String,
+        reply: ReplyTo<u64>,
+    },
+    /// Drops the chunks of an image from both tiers.
+    DropCache {
+        snapshot: SnapshotRef,
+        reply: ReplyTo<Result<Dropped>>,
+    },
     /// Runs an object-store operation on this shard for the control thread.
     Objects {
         op: ObjectOp,
@@ -221,6 +243,39 @@ pub enum Command {
     Stop {
         reply: ReplyTo<()>,
     },
+}
+
+/// A shard's part of the chunk cache.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct CacheStatus {
+    pub shard: usize,
+    pub ram: TierStatus,
+    /// `None`: not configured, or it could not be opened.
+    pub disk: Option<TierStatus>,
+    pub warming: Vec<WarmStatus>,
+}
+
+/// How far the warming of an image is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct WarmStatus {
+    pub image: String,
+    pub pin: bool,
+    pub running: bool,
+    /// Different chunks of the image that are stored.
+    pub chunks: u32,
+    /// In the cache, or they were there already.
+    pub chunks_done: u32,
+    pub chunks_pinned: u32,
+    /// Not fetched: the image is larger than the cache.
+    pub chunks_skipped: u32,
+    pub chunks_failed: u32,
+}
+
+/// Chunks dropped, by tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Dropped {
+    pub chunks_ram: u64,
+    pub chunks_disk: u64,
 }
 
 pub enum ObjectOp {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
 
+use crate::cache::{tier_counters, tier_gauges};
 use crate::error::{Error, Result, Status};
 use crate::journal::Record;
 use crate::mutation::{self, Mutation};
@@ -46,6 +47,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.wait_hydrated(&name, Duration::from_millis(timeout_ms)).await));
             }
             Command::Stats { reply } => drop(reply.send(self.stats())),
+            Command::ShowCache { reply } => drop(reply.send(self.cache_status())),
+            Command::WarmCache { snapshot, pin, reply } => drop(reply.send(self.warm_cache(&snapshot, pin).await)),
+            Command::UnpinCache { image, reply } => drop(reply.send(self.unpin_image(&image))),
+            Command::DropCache { snapshot, reply } => drop(reply.send(self.drop_cache(&snapshot).await)),
             Command::Objects { op, reply } => drop(reply.send(self.object_op(op).await)),
             Command::Stop { reply } => {
                 self.stop().await;
@@ -284,7 +289,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn stats(&self) -> ShardStats {
         let volumes = self.volumes();
         let count = |which: &dyn Fn(&Rc<Volume<P>>) -> bool| volumes.iter().filter(|v| which(v)).count() as u64;
-        let (cached, queued, gets) = self.0.transfer.gauges();
+        let (queued, gets) = self.0.transfer.gauges();
+        let (ram, disk) = self.0.transfer.tiers();
         let needed = |v: &Rc<Volume<P>>| v.spec.snapshot.as_ref().filter(|_| !v.hydrated.get()).map(|s| s.name.clone());
         let mut snapshots_needed: Vec<String> =
             volumes.iter().filter_map(needed).map(|name| name.to_string()).collect();
@@ -292,6 +298,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         snapshots_needed.dedup();
         let mut counters = self.0.counters.snapshot();
         counters.extend(self.0.connections.counters());
+        counters.extend(tier_counters(&ram, disk.as_ref()));
+        let mut gauges = tier_gauges(&ram, disk.as_ref());
+        gauges.extend(self.gauges(queued, gets));
         ShardStats {
             shard: self.0.config.shard,
             volumes: volumes.len() as u64,
@@ -299,20 +308,20 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volumes_attached: count(&|v| v.attached.get().is_some()),
             connections: self.0.connections.open(),
             counters,
-            gauges: vec![
-                (
-                    "connections_held_bytes",
-                    "Bytes held for peers: requests, replies not taken yet, large receive buffers.",
-                    self.0.connections.held_bytes() as u64,
-                ),
-                ("cache_ram_bytes", "Bytes of verified chunks in the RAM cache.", cached),
-                ("fetches_queued", "Chunks waiting for a GET.", queued),
-                ("object_gets_in_flight", "GETs in flight to the object store.", gets),
-                ("requests_in_flight", "Data-path requests being served.", self.0.in_flight.get()),
-            ],
+            gauges,
             snapshots_needed,
             events: self.0.counters.events(),
         }
+    }
+
+    fn gauges(&self, queued: u64, gets: u64) -> [(&'static str, &'static str, u64); 4] {
+        let held = "Bytes held for peers: requests, replies not taken yet, large receive buffers.";
+        [
+            ("connections_held_bytes", held, self.0.connections.held_bytes() as u64),
+            ("fetches_queued", "Chunks waiting for a GET.", queued),
+            ("object_gets_in_flight", "GETs in flight to the object store.", gets),
+            ("requests_in_flight", "Data-path requests being served.", self.0.in_flight.get()),
+        ]
     }
 
     pub(super) async fn load_manifest(&self, snapshot: &SnapshotRef) -> Result<Arc<crate::snapshot::Manifest>> {

@@ -52,7 +52,6 @@ counters! {
     requests_forwarded: "Requests passed on to the shard that owns the volume.",
     requests_refused_busy: "Requests refused because the queue to another shard was full.",
     stale_generations: "Requests refused because another host had attached the volume.",
-    cache_hits: "Chunks found in the RAM cache.",
     fetches_joined: "Fetches that joined one already queued or in flight.",
     fetch_failures: "Chunks whose fetch failed for good.",
     object_gets: "GETs sent to the object store.",

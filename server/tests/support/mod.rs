@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::{Result, Status};
 use volley_server::journal::{self, Journal};
 use volley_server::platform::Platform;
@@ -66,6 +67,7 @@ pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zer
 pub struct Options {
     pub shards: usize,
     pub cache_bytes: usize,
+    pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
 }
@@ -73,7 +75,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         let guest_deadline = Duration::from_secs(30);
-        Options { shards: 1, cache_bytes: 4 << 20, guest_deadline, hydration_bandwidth: None }
+        Options { shards: 1, cache_bytes: 4 << 20, disk_cache: None, guest_deadline, hydration_bandwidth: None }
     }
 }
 
@@ -108,6 +110,7 @@ impl Node {
                 hydration_bandwidth: options.hydration_bandwidth,
             }],
             cache_bytes: options.cache_bytes,
+            disk_cache: options.disk_cache.clone(),
             guest_deadline: options.guest_deadline,
             retry: RetryPolicy::default(),
             fetch_limits: QueueLimits::default(),

@@ -1,0 +1,115 @@
+//! The cache's tiers as the transfer uses them: a chunk is looked for in RAM, then on the disk, then in the object store.
+//!
+//! A read from the disk has its own single flight. When it finds nothing good, its waiters become a fetch like any other.
+
+use super::{ChunkSource, Digest, FetchClass, FetchReply, Transfer};
+use crate::cache::disk::DiskTier;
+use crate::cache::{ChunkData, Rank, TierStatus};
+use crate::object_store::ObjectStore;
+use crate::platform::{Platform, Queue};
+use crate::snapshot::ChunkEntry;
+
+/// What only background work asked for is read in order and mostly once.
+pub(super) fn rank_of(class: FetchClass) -> Rank {
+    match class {
+        FetchClass::Background => Rank::Low,
+        FetchClass::Priority | FetchClass::BootSet => Rank::Normal,
+    }
+}
+
+impl<P: Platform, O: ObjectStore> Transfer<P, O> {
+    /// Puts the disk tier into use; once.
+    pub fn use_disk(&self, tier: DiskTier<P>) {
+        assert!(self.0.disk.set(tier).is_ok(), "a shard opens its disk tier once");
+    }
+
+    /// The disk tier, if there is one and it could be opened.
+    pub fn disk(&self) -> Option<&DiskTier<P>> {
+        self.0.disk.get()
+    }
+
+    /// Whether either tier has the chunk; no request for it.
+    #[must_use]
+    pub fn is_cached(&self, digest: &Digest) -> (bool, bool) {
+        (self.0.cache.borrow().holds(digest), self.disk().is_some_and(|disk| disk.holds(digest)))
+    }
+
+    /// Whether the disk should be asked for the chunk; counts it if not.
+    pub(super) fn on_disk(&self, digest: &Digest) -> bool {
+        let Some(disk) = self.disk() else { return false };
+        let found = self.0.reads.borrow().contains(digest) || disk.holds(digest);
+        if !found {
+            disk.note_miss();
+        }
+        found
+    }
+
+    pub(super) fn start_reads(&self) {
+        let Some(disk) = self.disk() else { return };
+        loop {
+            let Some((class, source)) = self.0.reads.borrow_mut().start() else { return };
+            let task_queue = match class {
+                FetchClass::Background => Queue::Background,
+                FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
+            };
+            let (transfer, disk) = (self.clone(), disk.clone());
+            self.0.platform.spawn(task_queue, async move {
+                let found = disk.read(&source).await;
+                transfer.read_done(class, &source, found);
+            });
+        }
+    }
+
+    fn read_done(&self, class: FetchClass, source: &ChunkSource, found: Option<ChunkData>) {
+        let urgent = self.0.reads.borrow().class_of(&source.digest).unwrap_or(class);
+        let waiters = self.0.reads.borrow_mut().end(class, &source.digest);
+        match found {
+            Some(data) => {
+                self.0.cache.borrow_mut().insert(source.digest, data.clone(), rank_of(urgent));
+                waiters.into_iter().for_each(|(_, waiter)| drop(waiter.send(Ok(data.clone()))));
+            }
+            None => self.fetch_instead(source, waiters),
+        }
+        self.start_reads();
+    }
+
+    fn fetch_instead(&self, source: &ChunkSource, waiters: Vec<(FetchClass, FetchReply)>) {
+        for (class, waiter) in waiters {
+            self.0.queue.borrow_mut().push(source.clone(), class, waiter);
+        }
+        self.dispatch();
+    }
+
+    /// Keeps a chunk that was just verified, in the form it arrived in.
+    pub(super) fn keep_on_disk(&self, source: &ChunkSource, stored: &[u8]) {
+        if let (Some(disk), ChunkEntry::Stored { encoding, .. }) = (self.disk(), source.entry) {
+            disk.offer(source, encoding, stored);
+        }
+    }
+
+    /// Keeps a chunk in RAM whatever else comes; see [`crate::cache::s3fifo::S3Fifo::pin`].
+    pub fn pin(&self, digest: &Digest) -> bool {
+        self.0.cache.borrow_mut().pin(digest)
+    }
+
+    pub fn unpin(&self, digest: &Digest) {
+        self.0.cache.borrow_mut().unpin(digest);
+    }
+
+    /// Drops a chunk from both tiers; from which ones it was.
+    pub fn drop_cached(&self, digest: &Digest) -> (bool, bool) {
+        let ram = self.0.cache.borrow_mut().remove(digest);
+        (ram, self.disk().is_some_and(|disk| disk.remove(digest)))
+    }
+
+    /// RAM, and the disk if it is in use.
+    pub fn tiers(&self) -> (TierStatus, Option<TierStatus>) {
+        (self.0.cache.borrow().status(), self.disk().map(DiskTier::status))
+    }
+
+    pub(super) fn check_tiers(&self) -> Result<(), String> {
+        self.0.cache.borrow().check()?;
+        self.0.reads.borrow().check()?;
+        self.disk().map_or(Ok(()), DiskTier::check)
+    }
+}
