@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 mod api;
 pub mod batch;
+pub mod cache;
 pub mod check;
 pub mod image;
 pub mod node;
@@ -43,6 +44,9 @@ enum Command {
     /// Look at the volume stores.
     #[command(subcommand)]
     Store(store::StoreCommand),
+    /// Look at the chunk cache, warm it with an image, drop an image from it.
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
     /// Look at the server.
     #[command(subcommand)]
     Node(node::NodeCommand),
@@ -96,6 +100,7 @@ pub fn main() -> ExitCode {
         Command::Volume(command) => volume::run(&cli.globals, command),
         Command::Batch(command) => batch::run(&cli.globals, command),
         Command::Store(command) => store::run(&cli.globals, command),
+        Command::Cache(command) => cache::run(&cli.globals, command),
         Command::Node(command) => node::run(&cli.globals, command),
         Command::Check(args) => return check::run(&cli.globals, args),
     };

@@ -271,6 +271,19 @@ pub struct WarmStatus {
     pub chunks_failed: u32,
 }
 
+impl WarmStatus {
+    /// Adds the same image's warming on another shard.
+    pub fn add(&mut self, other: &WarmStatus) {
+        self.pin |= other.pin;
+        self.running |= other.running;
+        self.chunks += other.chunks;
+        self.chunks_done += other.chunks_done;
+        self.chunks_pinned += other.chunks_pinned;
+        self.chunks_skipped += other.chunks_skipped;
+        self.chunks_failed += other.chunks_failed;
+    }
+}
+
 /// Chunks dropped, by tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Dropped {
