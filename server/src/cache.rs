@@ -125,8 +125,8 @@ impl ChunkCache {
         self.chunks.peek(digest).is_some()
     }
 
-    pub fn get(&mut self, digest: &Digest) -> Option<ChunkData> {
-        let found = self.chunks.get(digest).cloned();
+    pub fn get(&mut self, digest: &Digest, rank: Rank) -> Option<ChunkData> {
+        let found = self.chunks.get(digest, rank).cloned();
         match &found {
             Some(data) => {
                 self.tally.hits += 1;
@@ -194,7 +194,7 @@ mod tests {
         for key in 0..100_u8 {
             let data = Arc::new(vec![key; 40 + usize::from(key)]);
             cache.insert([key; 32], data.clone(), Rank::Normal);
-            assert_eq!(cache.get(&[key; 32]), Some(data), "the newest is there");
+            assert_eq!(cache.get(&[key; 32], Rank::Low), Some(data), "the newest is there");
             assert_eq!(cache.check(), Ok(()));
         }
         let status = cache.status();
@@ -209,6 +209,6 @@ mod tests {
         assert_eq!(cache.used_bytes(), 0);
         cache.insert([2; 32], Arc::new(vec![0; 5]), Rank::Low);
         assert!(cache.pin(&[2; 32]) && cache.remove(&[2; 32]) && !cache.remove(&[2; 32]));
-        assert_eq!((cache.status().pinned_bytes, cache.get(&[2; 32])), (0, None));
+        assert_eq!((cache.status().pinned_bytes, cache.get(&[2; 32], Rank::Low)), (0, None));
     }
 }

@@ -124,15 +124,15 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         Transfer(Rc::new(Inner { platform, objects, retry, counters, queue, cache, disk, reads }))
     }
 
-    pub fn cached(&self, digest: &Digest) -> Option<ChunkData> {
-        self.0.cache.borrow_mut().get(digest)
+    fn cached(&self, digest: &Digest, class: FetchClass) -> Option<ChunkData> {
+        self.0.cache.borrow_mut().get(digest, tiers::rank_of(class))
     }
 
     /// Answers each reply with its verified chunk: from a tier of the cache, by joining (and promoting) a fetch that is
     /// under way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
     pub fn fetch(&self, wanted: Vec<(ChunkSource, FetchReply)>, class: FetchClass) {
         for (source, reply) in wanted {
-            if let Some(data) = self.cached(&source.digest) {
+            if let Some(data) = self.cached(&source.digest, class) {
                 let _ = reply.send(Ok(data));
                 continue;
             }

@@ -11,6 +11,7 @@ use volley_client::{Client, Options};
 use volley_server::bootstrap::{self, Node, NodeConfig};
 use volley_server::cache::TierStatus;
 use volley_server::cache::record::{RECORD_BYTES, Record, RecordRead, SLOT_BYTES};
+use volley_server::check::{self, Kind, Report, check};
 use volley_server::config::{Config, ListenAddr};
 use volley_server::datadir::DataDir;
 use volley_server::import::{self, ImportOptions};
@@ -27,7 +28,7 @@ const IMAGE_BYTES: usize = CHUNK * CHUNKS;
 
 struct Lab {
     _dir: tempfile::TempDir,
-    data: DataDir,
+    data: Option<DataDir>,
     config: Config,
     image: Vec<u8>,
     snapshot: SnapshotRef,
@@ -60,11 +61,20 @@ impl Lab {
         };
         config.cache.disk_bytes = ByteSize(64 << 20);
         let data = DataDir::open(&config.data, &config.stores()).expect("data directory");
-        Lab { _dir: dir, data, config, image, snapshot, volumes: std::cell::Cell::new(0) }
+        Lab { _dir: dir, data: Some(data), config, image, snapshot, volumes: std::cell::Cell::new(0) }
     }
 
     fn start(&self) -> Node {
-        bootstrap::start(NodeConfig::new(&self.config, &self.data).expect("configuration")).expect("start")
+        let data = self.data.as_ref().expect("open");
+        bootstrap::start(NodeConfig::new(&self.config, data).expect("configuration")).expect("start")
+    }
+
+    /// `volley check`, which wants the directory for itself.
+    fn check(&mut self, quick: bool) -> Report {
+        self.data = None;
+        let report = check(&self.config.data, &check::Options { quick, ..check::Options::default() });
+        self.data = Some(DataDir::open(&self.config.data, &self.config.stores()).expect("data directory"));
+        report.expect("checked")
     }
 
     fn slots(&self, shard: usize) -> PathBuf {
@@ -209,7 +219,7 @@ fn what_guests_read_is_kept_and_a_smaller_budget_keeps_less() {
 
 #[test]
 fn a_corrupt_slot_is_dropped_counted_named_and_fetched_again() {
-    let lab = Lab::new(2);
+    let mut lab = Lab::new(2);
     let node = lab.start();
     lab.warm(&node, false);
     stop(node);
@@ -222,6 +232,11 @@ fn a_corrupt_slot_is_dropped_counted_named_and_fetched_again() {
     file.write_all_at(&slot, last * SLOT_BYTES as u64).expect("write");
     slot[RECORD_BYTES + 100] ^= 4;
     file.write_all_at(&slot, first * SLOT_BYTES as u64).expect("write");
+    let (report, quick) = (lab.check(false), lab.check(true));
+    let of = |kind| report.findings.iter().filter(|finding| finding.kind == kind).count();
+    assert_eq!((of(Kind::CacheCorrupt), of(Kind::CacheStale), of(Kind::Foreign)), (1, 1, 0), "{:#?}", report.findings);
+    assert_eq!((report.cache_chunks, report.cache_chunks_corrupt), (CHUNKS as u64 - 2, 1));
+    assert!(report.is_clean() && quick.cache_chunks_corrupt == 0, "a cache is no data");
 
     let node = lab.start();
     lab.read_all(&node);

@@ -19,11 +19,11 @@ impl S3 {
 impl Policy for S3 {
     fn access(&mut self, access: Access) -> bool {
         let digest = digest(access.key);
-        if self.cache.get(&digest).is_some() {
+        let rank = if access.background && self.ranks { Rank::Low } else { Rank::Normal };
+        if self.cache.get(&digest, rank).is_some() {
             return true;
         }
         drop(self.cache.make_room(1));
-        let rank = if access.background && self.ranks { Rank::Low } else { Rank::Normal };
         self.cache.insert(digest, (), 1, rank);
         false
     }

@@ -8,7 +8,7 @@
 //! A shard writes only its own files. It reads those of other shards too, for the chunks that an earlier life with
 //! another number of shards put there: by the time it reads, the other may have evicted them, which their records tell.
 
-mod files;
+pub mod files;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -143,9 +143,9 @@ impl<P: Platform> DiskTier<P> {
     }
 
     /// The verified chunk. `None`: it has to be fetched; why is counted.
-    pub async fn read(&self, source: &ChunkSource) -> Option<ChunkData> {
+    pub async fn read(&self, source: &ChunkSource, rank: Rank) -> Option<ChunkData> {
         let digest = &source.digest;
-        self.0.state.borrow_mut().slots.touch(digest);
+        self.0.state.borrow_mut().slots.touch(digest, rank);
         for attempt in 1..=READ_ATTEMPTS {
             let Some((file, place)) = self.find(digest) else { break };
             let fault = match self.read_place(file, &place).await {
@@ -182,19 +182,16 @@ impl<P: Platform> DiskTier<P> {
             file.read_at(offset, count * SLOT_BYTES).await
         });
         let runs = try_join_all(runs).await.map_err(SlotFault::Io)?;
-        let mut stored = Vec::with_capacity(place.record.stored_len as usize);
-        let mut named = place.record;
-        for (part, slot) in runs.iter().flat_map(|run| run.chunks_exact(SLOT_BYTES)).enumerate() {
-            let found = check_slot(&place.record.with_part(part), slot)?;
-            if part == 0 {
-                named = found;
-            }
-            let len = place.record.part_range(part).len();
-            stored.extend_from_slice(&slot[RECORD_BYTES..RECORD_BYTES + len]);
+        let mut slots = runs.iter().flat_map(|run| run.chunks_exact(SLOT_BYTES)).peekable();
+        let record = expected(&place.record, slots.peek().copied().unwrap_or_default());
+        let mut stored = Vec::with_capacity(record.stored_len as usize);
+        for (part, slot) in slots.take(record.parts()).enumerate() {
+            check_slot(&record.with_part(part), slot)?;
+            stored.extend_from_slice(&slot[RECORD_BYTES..RECORD_BYTES + record.part_range(part).len()]);
         }
         // Shorter: the file ends before it, since its shard made it smaller.
-        match stored.len() == place.record.stored_len as usize {
-            true => Ok((named, stored)),
+        match stored.len() == record.stored_len as usize {
+            true => Ok((record, stored)),
             false => Err(SlotFault::Stale),
         }
     }
@@ -428,11 +425,17 @@ fn fill_slot(slot: &mut [u8], record: &Record, part: &[u8]) {
     slot[end..].fill(0);
 }
 
-/// The record of a slot that must hold what `expected` says.
-fn check_slot(expected: &Record, slot: &[u8]) -> Result<Record, SlotFault> {
+/// What the slots of a chunk must say, of which the first is given.
+fn expected(record: &Record, first: &[u8]) -> Record {
+    match Record::decode(first) {
+        RecordRead::Valid(found) if mutation::on(Mutation::SlotOfAnotherChunk) => found.with_part(0),
+        _ => *record,
+    }
+}
+
+fn check_slot(expected: &Record, slot: &[u8]) -> Result<(), SlotFault> {
     match Record::decode(slot) {
-        RecordRead::Valid(found) if found == *expected => Ok(found),
-        RecordRead::Valid(found) if mutation::on(Mutation::SlotOfAnotherChunk) => Ok(found),
+        RecordRead::Valid(found) if found == *expected => Ok(()),
         RecordRead::Valid(_) | RecordRead::Free => Err(SlotFault::Stale),
         RecordRead::Unreadable => Err(SlotFault::Corrupt("its record fails its checksum".into())),
     }

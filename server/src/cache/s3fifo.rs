@@ -1,10 +1,10 @@
 //! S3-FIFO: which cached chunk leaves first. Plain synchronous core, used by both tiers.
 //!
-//! A chunk enters a small queue and leaves from its end, unless it was asked for again meanwhile; then it goes to the
-//! main queue, a FIFO with second chances. A chunk that comes back soon after it left the small queue (its *ghost* is
-//! remembered) goes to the main queue at once. What enters at low rank needs one more request for the main queue and
-//! leaves no ghost, so that a background scan passes through the small queue and takes nothing else with it.
-//! Pinned chunks are in no queue. No step waits for anything; costs are bytes (RAM) or slots (disk).
+//! A chunk enters the new queue and leaves from its end, unless it was asked for again meanwhile; then it goes to the main
+//! queue, a FIFO with second chances. A chunk that comes back soon after it left the new queue (its *ghost* is remembered)
+//! goes to the main queue at once. Requests at low rank bring chunks into the new queue and count for nothing else, so that
+//! background scans pass through it, share what they bring among each other, and take nothing of the main queue with
+//! them. Pinned chunks are in no queue. No step waits for anything; costs are bytes (RAM) or slots (disk).
 
 use std::collections::BTreeMap;
 
@@ -21,10 +21,9 @@ pub enum Rank {
     Normal,
 }
 
-/// The small queue has this part of the budget; the rest is the main queue's. (A tenth, as its authors measured.)
-const SMALL_PART: usize = 10;
-/// Requests after which a chunk leaves the small queue for the main queue. At normal rank, the first counts.
-const PROMOTE_AT: u8 = 2;
+/// The new queue has this part of the budget. (Its authors have a tenth: then the hydrators of a wave, which follow each
+/// other at some distance, no longer find what the first one brought. `tools/bench cache`.)
+const NEW_PART: usize = 2;
 /// More requests than this do not keep a chunk longer.
 const REQUESTS_MAX: u8 = 3;
 /// Pinned chunks may have this part of the budget: the rest stays a cache.
@@ -32,7 +31,7 @@ pub const PINNED_PART: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Queue {
-    Small,
+    New,
     Main,
     Pinned,
 }
@@ -42,7 +41,10 @@ struct Entry<V> {
     cost: usize,
     queue: Queue,
     turn: u64,
+    /// At normal rank, since it is in its queue.
     requests: u8,
+    /// The rank it came with.
+    rank: Rank,
     /// How many have pinned it; 0 in a queue.
     pins: u32,
 }
@@ -51,9 +53,9 @@ struct Entry<V> {
 pub struct S3Fifo<V> {
     budget: usize,
     entries: HashMap<Digest, Entry<V>, ahash::RandomState>,
-    small: BTreeMap<u64, Digest>,
+    new: BTreeMap<u64, Digest>,
     main: BTreeMap<u64, Digest>,
-    small_cost: usize,
+    new_cost: usize,
     pinned_cost: usize,
     used: usize,
     ghosts: BTreeMap<u64, Digest>,
@@ -67,9 +69,9 @@ impl<V> S3Fifo<V> {
         S3Fifo {
             budget,
             entries: HashMap::with_hasher(ahash::RandomState::with_seeds(5, 6, 7, 8)),
-            small: BTreeMap::new(),
+            new: BTreeMap::new(),
             main: BTreeMap::new(),
-            small_cost: 0,
+            new_cost: 0,
             pinned_cost: 0,
             used: 0,
             ghosts: BTreeMap::new(),
@@ -110,9 +112,11 @@ impl<V> S3Fifo<V> {
     }
 
     /// A request for the chunk.
-    pub fn get(&mut self, digest: &Digest) -> Option<&V> {
+    pub fn get(&mut self, digest: &Digest, rank: Rank) -> Option<&V> {
         let entry = self.entries.get_mut(digest)?;
-        entry.requests = (entry.requests + 1).min(REQUESTS_MAX);
+        if rank == Rank::Normal {
+            entry.requests = (entry.requests + 1).min(REQUESTS_MAX);
+        }
         Some(&entry.value)
     }
 
@@ -135,17 +139,13 @@ impl<V> S3Fifo<V> {
     /// Puts in a chunk that is not there and for which there is room.
     pub fn insert(&mut self, digest: Digest, value: V, cost: usize, rank: Rank) {
         let came_back = self.forget_ghost(&digest);
-        let (queue, requests) = match (rank, came_back) {
-            (Rank::Normal, true) => (Queue::Main, 0),
-            (Rank::Normal, false) | (Rank::Low, true) => (Queue::Small, 1),
-            (Rank::Low, false) => (Queue::Small, 0),
-        };
-        self.put(digest, Entry { value, cost, queue, turn: 0, requests, pins: 0 });
+        let queue = if came_back && rank == Rank::Normal { Queue::Main } else { Queue::New };
+        self.put(digest, Entry { value, cost, queue, turn: 0, requests: 0, rank, pins: 0 });
     }
 
     /// Puts in a chunk that an earlier life kept: its probation is over. Oldest first.
     pub fn restore(&mut self, digest: Digest, value: V, cost: usize) {
-        self.put(digest, Entry { value, cost, queue: Queue::Main, turn: 0, requests: 0, pins: 0 });
+        self.put(digest, Entry { value, cost, queue: Queue::Main, turn: 0, requests: 0, rank: Rank::Normal, pins: 0 });
     }
 
     fn put(&mut self, digest: Digest, entry: Entry<V>) {
@@ -160,9 +160,9 @@ impl<V> S3Fifo<V> {
     fn enqueue(&mut self, digest: Digest, queue: Queue, cost: usize) {
         self.turn += 1;
         match queue {
-            Queue::Small => {
-                self.small_cost += cost;
-                self.small.insert(self.turn, digest);
+            Queue::New => {
+                self.new_cost += cost;
+                self.new.insert(self.turn, digest);
             }
             Queue::Main => drop(self.main.insert(self.turn, digest)),
             Queue::Pinned => self.pinned_cost += cost,
@@ -175,9 +175,9 @@ impl<V> S3Fifo<V> {
     fn dequeue(&mut self, digest: &Digest) {
         let Entry { queue, turn, cost, .. } = self.entries[digest];
         match queue {
-            Queue::Small => {
-                self.small_cost -= cost;
-                self.small.remove(&turn);
+            Queue::New => {
+                self.new_cost -= cost;
+                self.new.remove(&turn);
             }
             Queue::Main => drop(self.main.remove(&turn)),
             Queue::Pinned => self.pinned_cost -= cost,
@@ -197,21 +197,20 @@ impl<V> S3Fifo<V> {
     /// Evicts one chunk; `None` when all are pinned.
     pub fn evict(&mut self) -> Option<(Digest, V)> {
         loop {
-            let small = self.small_cost > self.budget / SMALL_PART || self.main.is_empty();
-            let queue = if small { &self.small } else { &self.main };
+            let from_new = self.new_cost > self.budget / NEW_PART || self.main.is_empty();
+            let queue = if from_new { &self.new } else { &self.main };
             let digest = *queue.first_key_value()?.1;
             self.dequeue(&digest);
             let entry = self.entries.get_mut(&digest).expect("queued chunks are there");
-            let stays = if small { entry.requests >= PROMOTE_AT } else { entry.requests > 0 };
-            if stays {
-                entry.requests = if small { 0 } else { entry.requests - 1 };
+            if entry.requests > 0 {
+                entry.requests = if from_new { 0 } else { entry.requests - 1 };
                 let cost = entry.cost;
                 self.enqueue(digest, Queue::Main, cost);
                 continue;
             }
             let entry = self.entries.remove(&digest)?;
             self.used -= entry.cost;
-            if small && entry.requests > 0 {
+            if from_new && entry.rank == Rank::Normal {
                 self.remember_ghost(digest);
             }
             return Some((digest, entry.value));
@@ -271,14 +270,14 @@ impl<V> S3Fifo<V> {
             let of = self.entries.values().filter(|entry| which.is_none_or(|queue| entry.queue == queue));
             of.map(|entry| entry.cost).sum::<usize>()
         };
-        let (small, pinned, all) = (sum(Some(Queue::Small)), sum(Some(Queue::Pinned)), sum(None));
-        if (small, pinned, all) != (self.small_cost, self.pinned_cost, self.used) || all > self.budget {
-            let counted = (self.small_cost, self.pinned_cost, self.used);
-            return Err(format!("the cache holds {:?}, counts {counted:?}, may {}", (small, pinned, all), self.budget));
+        let (new, pinned, all) = (sum(Some(Queue::New)), sum(Some(Queue::Pinned)), sum(None));
+        if (new, pinned, all) != (self.new_cost, self.pinned_cost, self.used) || all > self.budget {
+            let counted = (self.new_cost, self.pinned_cost, self.used);
+            return Err(format!("the cache holds {:?}, counts {counted:?}, may {}", (new, pinned, all), self.budget));
         }
         let count = |queue| self.entries.values().filter(|entry| entry.queue == queue).count();
-        if (count(Queue::Small), count(Queue::Main)) != (self.small.len(), self.main.len()) {
-            return Err(format!("{} and {} chunks have a turn", self.small.len(), self.main.len()));
+        if (count(Queue::New), count(Queue::Main)) != (self.new.len(), self.main.len()) {
+            return Err(format!("{} and {} chunks have a turn", self.new.len(), self.main.len()));
         }
         if pinned > self.budget / PINNED_PART || self.ghosts.len() != self.ghost_turns.len() {
             return Err(format!("{pinned} of {} is pinned, {} ghosts", self.budget, self.ghosts.len()));

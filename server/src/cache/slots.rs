@@ -91,8 +91,8 @@ impl Slots {
     }
 
     /// Notes a request for the chunk.
-    pub fn touch(&mut self, digest: &Digest) {
-        self.order.get(digest);
+    pub fn touch(&mut self, digest: &Digest, rank: Rank) {
+        self.order.get(digest, rank);
     }
 
     #[must_use]

@@ -152,8 +152,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
     }
 
-    /// Whether the tier that outlives the process has the chunk, or RAM where there is no other. What only RAM has goes
-    /// to the disk now.
+    /// Whether the tier that outlives the process has the chunk, or RAM where there is no other.
     fn is_warm(&self, source: &ChunkSource) -> bool {
         let (ram, on_disk) = self.0.transfer.is_cached(&source.digest);
         if self.0.transfer.disk().is_none() {

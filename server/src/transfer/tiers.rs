@@ -54,7 +54,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             };
             let (transfer, disk) = (self.clone(), disk.clone());
             self.0.platform.spawn(task_queue, async move {
-                let found = disk.read(&source).await;
+                let found = disk.read(&source, rank_of(class)).await;
                 transfer.read_done(class, &source, found);
             });
         }

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use volley_server::cache::record::SLOT_BYTES;
 use volley_server::platform::sim::{DiskOp, SimRng, SimWorld};
 
 use crate::guest::Guests;
@@ -66,8 +67,19 @@ impl Dice {
         let path: PathBuf = Path::new(CACHE).join(format!("shard-{shard}.{kind}"));
         let Ok(bytes) = world.file_bytes(&path) else { return };
         let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
+        if kind == "slots" && self.rng.below(3) == 0 {
+            return self.misdirect(world, &path, used.div_ceil(SLOT_BYTES as u64));
+        }
         if used > 0 {
             world.flip_file_byte(&path, self.rng.below(used)).expect("the file is there");
+        }
+    }
+
+    /// Writes two slots, which is what a chunk of noise takes, over two others: whole chunks in the wrong place.
+    fn misdirect(&mut self, world: &SimWorld, path: &Path, slots: u64) {
+        if slots > 1 {
+            let mut slot = || self.rng.below(slots - 1) * SLOT_BYTES as u64;
+            world.misdirect_file(path, slot(), slot(), 2 * SLOT_BYTES as u64).expect("the file is there");
         }
     }
 }
