@@ -31,7 +31,7 @@ use files::Files;
 
 /// Stored bytes waiting to be written, per shard: a burst of a few large GETs. Beyond it chunks are not kept.
 pub const WRITE_BEHIND_BYTES_MAX: usize = 64 << 20;
-/// After a write that failed the disk is left alone for so long.
+/// After a write that failed, and a read that took too long, the disk is left alone for so long.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(10);
 /// A read that failed may have met its slot while it was rewritten: the second one tells.
 const READ_ATTEMPTS: u32 = 2;
@@ -131,7 +131,12 @@ impl<P: Platform> DiskTier<P> {
         })))
     }
 
-    /// Whether a read of the chunk is worth trying.
+    /// Whether a read of the chunk is worth trying now.
+    #[must_use]
+    pub fn is_ready_with(&self, digest: &Digest) -> bool {
+        self.0.platform.now() >= self.0.paused_until.get() && self.holds(digest)
+    }
+
     #[must_use]
     pub fn holds(&self, digest: &Digest) -> bool {
         let state = self.0.state.borrow();
@@ -289,7 +294,7 @@ impl<P: Platform> DiskTier<P> {
     async fn write_pending(&self, pending: Pending) {
         let len = pending.stored.len();
         if let Err(error) = self.write(pending).await {
-            self.pause(&error);
+            self.pause(&format!("write failed: {error}"));
         }
         {
             let state = &mut *self.0.state.borrow_mut();
@@ -343,18 +348,19 @@ impl<P: Platform> DiskTier<P> {
             let (file, offset) = self.0.files.locate_page(page);
             if let Err(error) = file.write_at(offset, buffer).await {
                 self.0.state.borrow_mut().slots.mark_dirty(page);
-                self.pause(&error);
+                self.pause(&format!("write failed: {error}"));
                 return false;
             }
             wrote = true;
         }
     }
 
-    fn pause(&self, error: &std::io::Error) {
+    /// Leaves the disk alone for a while.
+    pub fn pause(&self, why: &str) {
         let now = self.0.platform.now();
         self.0.state.borrow_mut().tally.errors += 1;
         if now >= self.0.paused_until.get() {
-            let text = format!("disk cache: write failed: {error}; nothing is added to it for {PAUSE_AFTER_ERROR:?}");
+            let text = format!("disk cache: {why}; it is left alone for {PAUSE_AFTER_ERROR:?}");
             self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
         }
         self.0.paused_until.set(now.after(PAUSE_AFTER_ERROR));

@@ -19,7 +19,7 @@ use crate::snapshot::{Encoding, Manifest};
 use crate::transfer::{ChunkSource, Digest, FetchClass};
 use crate::types::SnapshotRef;
 
-/// A start waits so long for the disk tier's index, then it goes on without the tier: 100 GB take a tenth of a second.
+/// A start waits so long for the disk tier's index, then it goes on without: 100,000 slots take a tenth of a second.
 const OPEN_MAX: Duration = Duration::from_secs(10);
 /// Chunks that one image's warming asks for at the same time.
 const WARM_WINDOW_CHUNKS: usize = 16;
@@ -65,20 +65,24 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) async fn open_disk_cache(&self) {
         let Some(config) = self.0.config.disk_cache.clone() else { return };
         let owner = Owner { node_id: self.0.config.node_id, shard: self.0.config.shard, shards: self.0.config.shards };
-        let (platform, counters) = (self.0.platform.clone(), self.0.counters.clone());
-        let (sender, opened) = flume::bounded(1);
-        // A task of its own: giving up must not drop it half done.
+        let (sender, opened) = flume::bounded::<()>(1);
+        let shard = self.clone();
+        // A task of its own: nothing is dropped half done, and a tier that comes late is used from then on.
         self.0.platform.spawn(Queue::Serve, async move {
-            drop(sender.send(DiskTier::open(platform, &config, owner, counters).await));
+            let (platform, counters) = (shard.0.platform.clone(), shard.0.counters.clone());
+            match DiskTier::open(platform, &config, owner, counters).await {
+                Ok(tier) => shard.0.transfer.use_disk(tier),
+                Err(why) => shard.cache_event(&format!("{why}; the node runs without the disk cache")),
+            }
+            drop(sender);
         });
-        let opened = within(&self.0.platform, OPEN_MAX, opened.recv_async()).await;
-        let failure = match opened {
-            Some(Ok(Ok(tier))) => return self.0.transfer.use_disk(tier),
-            Some(Ok(Err(why))) => why,
-            Some(Err(_)) | None => format!("disk cache: its index was not read within {OPEN_MAX:?}"),
-        };
-        let text = format!("{failure}; the node runs without the disk cache");
-        self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
+        if within(&self.0.platform, OPEN_MAX, opened.recv_async()).await.is_none() {
+            self.cache_event(&format!("disk cache: its index was not read within {OPEN_MAX:?}; it is used once it is"));
+        }
+    }
+
+    fn cache_event(&self, text: &str) {
+        self.0.counters.event(self.0.platform.wall_clock_ms(), text);
     }
 
     pub(super) fn cache_status(&self) -> CacheStatus {

@@ -2,18 +2,31 @@
 //!
 //! A read from the disk has its own single flight. When it finds nothing good, its waiters become a fetch like any other.
 
+use std::time::Duration;
+
 use super::{ChunkSource, Digest, FetchClass, FetchReply, Transfer};
 use crate::cache::disk::DiskTier;
 use crate::cache::{ChunkData, Rank, TierStatus};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
+use crate::shard::signal::within;
 use crate::snapshot::ChunkEntry;
+
+/// A read from the cache's disk that takes longer helps nobody: the object store answers sooner.
+const DISK_READ_MAX: Duration = Duration::from_millis(500);
 
 /// What only background work asked for is read in order and mostly once.
 pub(super) fn rank_of(class: FetchClass) -> Rank {
     match class {
         FetchClass::Background => Rank::Low,
         FetchClass::Priority | FetchClass::BootSet => Rank::Normal,
+    }
+}
+
+fn queue_of(class: FetchClass) -> Queue {
+    match class {
+        FetchClass::Background => Queue::Background,
+        FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
     }
 }
 
@@ -37,7 +50,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     /// Whether the disk should be asked for the chunk; counts it if not.
     pub(super) fn on_disk(&self, digest: &Digest) -> bool {
         let Some(disk) = self.disk() else { return false };
-        let found = self.0.reads.borrow().contains(digest) || disk.holds(digest);
+        let found = self.0.reads.borrow().contains(digest) || disk.is_ready_with(digest);
         if !found {
             disk.note_miss();
         }
@@ -48,16 +61,24 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         let Some(disk) = self.disk() else { return };
         loop {
             let Some((class, source)) = self.0.reads.borrow_mut().start() else { return };
-            let task_queue = match class {
-                FetchClass::Background => Queue::Background,
-                FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
-            };
-            let (transfer, disk) = (self.clone(), disk.clone());
-            self.0.platform.spawn(task_queue, async move {
-                let found = disk.read(&source, rank_of(class)).await;
-                transfer.read_done(class, &source, found);
-            });
+            let task_queue = queue_of(class);
+            self.0.platform.spawn(task_queue, self.clone().read_in_time(class, source, disk.clone()));
         }
+    }
+
+    /// A disk that takes too long is left alone for a while, and its chunk is fetched.
+    async fn read_in_time(self, class: FetchClass, source: ChunkSource, disk: DiskTier<P>) {
+        let (sender, answer) = flume::bounded(1);
+        let (reader, wanted) = (disk.clone(), source.clone());
+        // A task of its own: I/O is never dropped half done.
+        self.0.platform.spawn(queue_of(class), async move {
+            drop(sender.send(reader.read(&wanted, rank_of(class)).await));
+        });
+        let found = within(&self.0.platform, DISK_READ_MAX, answer.recv_async()).await;
+        if found.is_none() {
+            disk.pause(&format!("a read took longer than {DISK_READ_MAX:?}"));
+        }
+        self.read_done(class, &source, found.and_then(|found| found.ok().flatten()));
     }
 
     fn read_done(&self, class: FetchClass, source: &ChunkSource, found: Option<ChunkData>) {

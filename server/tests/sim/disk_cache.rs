@@ -14,7 +14,7 @@ use crate::node::{CACHE, Node};
 /// The budget of a node that only looks at what others left.
 const BUDGET: u64 = 8 << 20;
 /// Slots and records damaged between two lives, at most.
-const FLIPS_MAX: u64 = 24;
+const FLIPS_MAX: u64 = 40;
 
 /// Whether the lives of a seed may have a disk cache.
 pub fn takes_part(seed: u64) -> bool {
@@ -67,7 +67,7 @@ impl Dice {
         let path: PathBuf = Path::new(CACHE).join(format!("shard-{shard}.{kind}"));
         let Ok(bytes) = world.file_bytes(&path) else { return };
         let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
-        if kind == "slots" && self.rng.below(3) == 0 {
+        if kind == "slots" && self.rng.coin() {
             return self.misdirect(world, &path, used.div_ceil(SLOT_BYTES as u64));
         }
         if used > 0 {

@@ -147,7 +147,7 @@ async fn open_own<P: Platform>(
     }
     let index_bytes = PAGE_BYTES as u64 + u64::from(stride(per_file)) * RECORD_BYTES as u64;
     let sized = async {
-        slots.set_len(u64::from(per_file) * SLOT_BYTES as u64).await?;
+        resize::<P>(&slots, u64::from(per_file) * SLOT_BYTES as u64).await?;
         if head == HeadRead::Unreadable {
             // Nothing of the old index may come to light again under a good head.
             index.set_len(0).await?;
@@ -156,10 +156,18 @@ async fn open_own<P: Platform>(
             page.copy_from_slice(&encode_head(owner.node_id));
             return index.write_at(0, page).await;
         }
-        index.set_len(index_bytes).await
+        resize::<P>(&index, index_bytes).await
     };
     sized.await.map_err(|e| failed(&index_path, e))?;
     Ok((OwnFile { number, slots, index }, records))
+}
+
+/// Mostly there is nothing to do, and a length change may wait for the file system's journal.
+async fn resize<P: Platform>(file: &P::File, len: u64) -> io::Result<()> {
+    if file.len().await? == len {
+        return Ok(());
+    }
+    file.set_len(len).await
 }
 
 async fn open_or_create<P: Platform>(platform: &P, path: &Path) -> io::Result<P::File> {
