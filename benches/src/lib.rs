@@ -1,6 +1,8 @@
 //! What the benchmarks share: inputs, figures, processes. The same seed gives the same bytes, so that runs can be compared.
 
 pub mod figure;
+pub mod mix;
+pub mod policies;
 pub mod process;
 
 /// Bytes that no compressor shrinks.

@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cache::disk::DiskCacheConfig;
 use crate::config::{Config, ListenAddr};
 use crate::datadir::DataDir;
 use crate::error::{Error, Result, Status};
@@ -52,6 +53,8 @@ pub struct NodeConfig {
     pub idle_poll: Duration,
     /// RAM cache of the whole node.
     pub cache_bytes: u64,
+    /// Disk cache of the whole node.
+    pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
     /// Rates are the whole node's.
@@ -83,6 +86,7 @@ impl NodeConfig {
             cores: config.cores,
             idle_poll: config.idle_poll.0,
             cache_bytes: config.cache.ram_bytes.0,
+            disk_cache: config.disk_cache(),
             guest_deadline: config.deadlines.guest_read.0,
             retry: RetryPolicy {
                 deadline: config.retries.deadline.0,
@@ -99,6 +103,7 @@ impl NodeConfig {
                     gets_per_second: Some(config.transfer.gets_per_second).filter(|gets| *gets > 0),
                 },
                 get_bytes_max: config.hydration.read_bytes_max.0,
+                share: config.transfer.share,
             },
             trace_slow: Some(config.trace_slow.0).filter(|slow| !slow.is_zero()),
         })
@@ -284,6 +289,7 @@ fn shard_config(
         shard_map: shard_map.clone(),
         stores: config.stores.clone(),
         cache_bytes: usize::try_from(config.cache_bytes).unwrap_or(usize::MAX) / shards,
+        disk_cache: config.disk_cache.clone(),
         guest_deadline: config.guest_deadline,
         retry: config.retry,
         fetch_limits: config.fetch_limits.share(shards),

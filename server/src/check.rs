@@ -9,6 +9,7 @@
 //! written or discarded anything, so in a volume that was attached a chunk that differs is counted, not judged.
 #![allow(clippy::disallowed_methods)] // Runs in a tool, on no shard's thread.
 
+mod cache;
 mod content;
 mod extents;
 mod files;
@@ -78,6 +79,10 @@ pub struct Report {
     pub chunks_changed: u64,
     /// Resident chunks of attached volumes without data where the snapshot has some: their guests discarded them.
     pub chunks_discarded: u64,
+    /// Chunks that the disk cache in the data directory has.
+    pub cache_chunks: u64,
+    /// Of those, how many fail their checks; they will be fetched again.
+    pub cache_chunks_corrupt: u64,
     /// Worst first.
     pub findings: Vec<Finding>,
 }
@@ -114,6 +119,7 @@ pub fn check(data: &Path, options: &Options) -> Result<Report, CheckError> {
         None => None,
     };
     checker.volumes(inspection, &stores, snapshots)?;
+    checker.cache(&data.join(datadir::CACHE_DIR))?;
     drop(lock);
     checker.report.findings.sort_by(|a, b| (b.severity, &a.path).cmp(&(a.severity, &b.path)));
     Ok(checker.report)
@@ -161,7 +167,11 @@ impl Checker<'_> {
             let path = self.data.join(&name);
             if Path::new(&name) == temporary {
                 self.find(Kind::Leftover, &path, "left by a write of node.toml that a crash cut short".into());
-            } else if name != JOURNAL_DIR && !known.contains(&name.as_str()) && !stores.contains(&path) {
+            } else if name != JOURNAL_DIR
+                && name != datadir::CACHE_DIR
+                && !known.contains(&name.as_str())
+                && !stores.contains(&path)
+            {
                 self.find(Kind::Foreign, &path, "not a file of Volley".into());
             }
         }

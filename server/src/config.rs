@@ -16,6 +16,8 @@ use serde::{Deserialize, Deserializer};
 
 pub use transfer::TransferConfig;
 
+use crate::cache::disk::DiskCacheConfig;
+use crate::datadir::CACHE_DIR;
 use crate::object_store::ObjectStoreUrl;
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
@@ -57,6 +59,10 @@ pub struct Config {
 pub struct CacheConfig {
     /// RAM for chunks of the whole node, split evenly over the shards.
     pub ram_bytes: ByteSize,
+    /// Disk for chunks of the whole node, split evenly over the shards; 0: no disk cache.
+    pub disk_bytes: ByteSize,
+    /// Where the disk cache lies; `<data>/cache` if not given.
+    pub dir: Option<PathBuf>,
 }
 
 /// Limits of hydration. Per shard, so that nothing is shared between cores.
@@ -146,6 +152,8 @@ pub const CORES_MAX: usize = 1024;
 pub const IDLE_POLL_MAX: Duration = Duration::from_millis(10);
 /// Below this a shard could not even hold the chunks in flight.
 pub const CACHE_RAM_BYTES_MIN: u64 = 8 << 20;
+/// Below this a shard's part could not hold the chunks of one large read.
+pub const CACHE_DISK_BYTES_MIN: u64 = 64 << 20;
 /// Label of the store that exists when none is configured.
 pub const DEFAULT_STORE_LABEL: &str = "default";
 
@@ -172,7 +180,7 @@ impl Default for Config {
 
 impl Default for CacheConfig {
     fn default() -> CacheConfig {
-        CacheConfig { ram_bytes: ByteSize(256 << 20) }
+        CacheConfig { ram_bytes: ByteSize(256 << 20), disk_bytes: ByteSize(0), dir: None }
     }
 }
 
@@ -301,6 +309,13 @@ impl Config {
             let min = ByteSize(CACHE_RAM_BYTES_MIN);
             return fail(format!("cache.ram_bytes: {} is less than {min}", self.cache.ram_bytes));
         }
+        if self.cache.disk_bytes.0 != 0 && self.cache.disk_bytes.0 < CACHE_DISK_BYTES_MIN {
+            let min = ByteSize(CACHE_DISK_BYTES_MIN);
+            return fail(format!("cache.disk_bytes: {} is less than {min}, and not 0", self.cache.disk_bytes));
+        }
+        if self.cache.dir.as_ref().is_some_and(|dir| dir.as_os_str().is_empty()) {
+            return fail("cache.dir: the directory of the disk cache must not be empty".to_string());
+        }
         if let Some(Err(e)) = self.object_store.as_ref().map(|url| url.parse::<ObjectStoreUrl>()) {
             return fail(format!("object_store: {e}"));
         }
@@ -368,6 +383,13 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// The disk cache, if there is to be one.
+    #[must_use]
+    pub fn disk_cache(&self) -> Option<DiskCacheConfig> {
+        let dir = self.cache.dir.clone().unwrap_or_else(|| self.data.join(CACHE_DIR));
+        (self.cache.disk_bytes.0 > 0).then_some(DiskCacheConfig { dir, bytes: self.cache.disk_bytes.0 })
     }
 
     /// The configured volume stores, or the one default store.

@@ -4,6 +4,7 @@
 //! don't notice when it stalls. What it decides itself is which volumes a request makes, in which stores, and which
 //! snapshots this node holds a reference on. `docs/http-api.md` documents the routes.
 
+mod cache;
 mod create;
 mod extract;
 mod http;
@@ -24,7 +25,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::get;
+use axum::routing::{delete, get, post};
 
 use crate::datadir::Store;
 use crate::shard::api::Command;
@@ -142,6 +143,10 @@ impl Control {
             .route("/v1/volumes", get(volumes::list).post(create::create))
             .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::set_rate))
             .route("/v1/volumes/{name}/wait", get(volumes::wait))
+            .route("/v1/cache", get(cache::show))
+            .route("/v1/cache/images/{name}", delete(cache::drop_image))
+            .route("/v1/cache/images/{name}/warm", post(cache::warm))
+            .route("/v1/cache/images/{name}/pin", delete(cache::unpin))
             .route("/v1/batches", get(volumes::list_batches))
             .route("/v1/batches/{id}", get(volumes::show_batch))
             .fallback(Problem::unknown_route)

@@ -23,6 +23,8 @@ const LOCK_FILE: &str = "LOCK";
 const STORE_FILE: &str = "volley-store.toml";
 /// Volume files lie here, inside of a store.
 pub const VOLUMES_DIR: &str = "volumes";
+/// The disk cache lies here, inside of a data directory, unless it is configured elsewhere.
+pub const CACHE_DIR: &str = "cache";
 /// Layout of both files and of what lies beside them.
 const FORMAT: u32 = 1;
 

@@ -73,10 +73,14 @@ pub enum Mutation {
     RestartLosesPartition,
     /// The superblock takes its name before it is synced.
     SuperblockNotSynced,
+    /// What comes back from the disk cache is served without its digest.
+    SlotNotVerified,
+    /// A slot of the disk cache is served as the chunk it says it holds, whichever was asked for.
+    SlotOfAnotherChunk,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 33] = {
+    pub const ALL: [Mutation; 35] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -112,6 +116,8 @@ impl Mutation {
             TornBatchAccepted,
             RestartLosesPartition,
             SuperblockNotSynced,
+            SlotNotVerified,
+            SlotOfAnotherChunk,
         ]
     };
 }

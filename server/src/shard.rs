@@ -4,6 +4,7 @@
 //! by message. Nothing here knows glommio, std time, files or threads: see [`crate::platform`].
 
 pub mod api;
+mod caching;
 mod commands;
 mod datapath;
 mod extents;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::budget::TokenBucket;
+use crate::cache::disk::DiskCacheConfig;
 use crate::connection::Connections;
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
@@ -73,6 +75,8 @@ pub struct ShardConfig {
     pub stores: Vec<StoreConfig>,
     /// This shard's part of the RAM cache.
     pub cache_bytes: usize,
+    /// The disk cache of the whole node; `None`: there is none.
+    pub disk_cache: Option<DiskCacheConfig>,
     /// A guest request that needs the object store is answered with an error after this.
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
@@ -102,6 +106,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     /// Volumes with something that the next upkeep makes durable.
     dirty: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
     miss_fills: Cell<usize>,
+    /// Images being warmed, or that were.
+    warming: RefCell<Vec<caching::Warming>>,
     in_flight: Cell<u64>,
     stopping: Cell<bool>,
     stopped: Cell<bool>,
@@ -168,12 +174,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             reserved: RefCell::default(),
             dirty: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(29, 30, 31, 32))),
             miss_fills: Cell::new(0),
+            warming: RefCell::default(),
             in_flight: Cell::new(0),
             stopping: Cell::new(false),
             stopped: Cell::new(false),
             drained: Signal::default(),
         }));
         shard.restore(volumes).await?;
+        shard.open_disk_cache().await;
         shard.spawn_tasks(commands);
         Ok(shard)
     }

@@ -8,8 +8,9 @@ mod get;
 mod hedge;
 pub mod ledger;
 mod queue;
+mod tiers;
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,9 @@ use std::time::Duration;
 pub use gate::GateLimits;
 pub use queue::{FetchClass, FetchQueue, GetPlan, Next, QueueLimits};
 
-use crate::cache::{ChunkCache, ChunkData};
+use crate::cache::disk::DiskTier;
+use crate::cache::reads::ReadQueue;
+use crate::cache::{ChunkCache, ChunkData, Rank};
 use crate::error::Result;
 use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectBytes, ObjectStore};
@@ -61,8 +64,13 @@ impl ChunkSource {
     /// The shard that fetches and caches the chunk.
     #[must_use]
     pub fn owner(&self, shards: usize) -> usize {
-        let pack = u64::from(crc32fast::hash(self.pack_key.as_bytes()));
-        ((pack + self.offset / STRETCH_BYTES) % shards as u64) as usize
+        (self.placement() % shards as u64) as usize
+    }
+
+    /// What decides the owner, whatever the number of shards is.
+    #[must_use]
+    pub fn placement(&self) -> u64 {
+        u64::from(crc32fast::hash(self.pack_key.as_bytes())) + self.offset / STRETCH_BYTES
     }
 }
 
@@ -95,6 +103,7 @@ impl Default for RetryPolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Tier {
     Ram,
+    Disk,
     ObjectStore,
 }
 
@@ -104,6 +113,7 @@ impl Tier {
     pub fn name(self) -> &'static str {
         match self {
             Tier::Ram => "ram",
+            Tier::Disk => "disk",
             Tier::ObjectStore => "object_store",
         }
     }
@@ -145,6 +155,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     queue: RefCell<FetchQueue<FetchReply>>,
     hedge: RefCell<Hedge>,
     cache: RefCell<ChunkCache>,
+    disk: OnceCell<DiskTier<P>>,
+    reads: RefCell<ReadQueue<FetchReply>>,
     /// A task waits for the budgets.
     waits_for_budget: Cell<bool>,
 }
@@ -174,9 +186,20 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         let queue = RefCell::new(FetchQueue::new(limits, platform.now()));
         let cache = RefCell::new(ChunkCache::new(cache_bytes));
         let hedge = RefCell::new(Hedge::new(retry.hedge_percent));
-        let (ledger, waits_for_budget) = (Ledger::default(), Cell::new(false));
-        let inner = Inner { platform, objects, retry, counters, stages, ledger, queue, hedge, cache, waits_for_budget };
-        Transfer(Rc::new(inner))
+        Transfer(Rc::new(Inner {
+            platform,
+            objects,
+            retry,
+            counters,
+            stages,
+            ledger: Ledger::default(),
+            queue,
+            hedge,
+            cache,
+            disk: OnceCell::new(),
+            reads: RefCell::default(),
+            waits_for_budget: Cell::new(false),
+        }))
     }
 
     /// The account of an origin on this shard.
@@ -189,35 +212,42 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         &self.0.ledger
     }
 
-    fn cached(&self, source: &ChunkSource) -> Option<ChunkData> {
-        let data = self.0.cache.borrow_mut().get(&source.digest)?;
-        self.0.counters.cache_hits.add(1);
-        let account = self.account(&source.origin);
-        account.ram_bytes.add(u64::from(source.chunk_len));
-        account.saved_bytes.add(u64::from(source.stored_len));
+    fn cached(&self, source: &ChunkSource, class: FetchClass) -> Option<ChunkData> {
+        let data = self.0.cache.borrow_mut().get(&source.digest, tiers::rank_of(class))?;
+        self.account(&source.origin).ram_bytes.add(u64::from(source.chunk_len));
+        self.account(&source.origin).saved_bytes.add(u64::from(source.stored_len));
         Some(data)
     }
 
-    /// Answers each reply with its verified chunk: from the cache, by joining (and promoting) a fetch that is under
-    /// way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
+    /// Answers each reply with its verified chunk: from a tier of the cache, by joining (and promoting) a fetch that is
+    /// under way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
     pub fn fetch(&self, wanted: Vec<(ChunkSource, FetchReply)>, class: FetchClass) {
-        let now = self.0.platform.now();
         for (source, reply) in wanted {
-            if let Some(data) = self.cached(&source) {
+            if !self.0.queue.borrow().shares() {
+                self.enqueue(source, class, reply);
+            } else if let Some(data) = self.cached(&source, class) {
                 let _ = reply.send(Ok(Fetched { data, story: Story::RAM }));
-                continue;
-            }
-            let (account, chunk_len) = (self.account(&source.origin), u64::from(source.chunk_len));
-            let stored_len = u64::from(source.stored_len);
-            if self.0.queue.borrow_mut().push(source, class, reply, now) {
-                self.0.counters.fetches_joined.add(1);
-                account.joined_bytes.add(chunk_len);
-                account.saved_bytes.add(stored_len);
+            } else if self.on_disk(&source.digest) {
+                self.0.reads.borrow_mut().push(source, class, reply);
             } else {
-                account.fetched_bytes.add(chunk_len);
+                self.enqueue(source, class, reply);
             }
         }
+        self.start_reads();
         self.dispatch();
+    }
+
+    /// Joins a fetch of the chunk, or makes one.
+    fn enqueue(&self, source: ChunkSource, class: FetchClass, reply: FetchReply) {
+        let (chunk_len, stored_len) = (u64::from(source.chunk_len), u64::from(source.stored_len));
+        let (account, now) = (self.account(&source.origin), self.0.platform.now());
+        if self.0.queue.borrow_mut().push(source, class, reply, now) {
+            self.0.counters.fetches_joined.add(1);
+            account.joined_bytes.add(chunk_len);
+            account.saved_bytes.add(stored_len);
+        } else {
+            account.fetched_bytes.add(chunk_len);
+        }
     }
 
     /// Checks cache and queue against themselves and their limits.
@@ -225,16 +255,14 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     /// # Errors
     /// A sentence that names what does not hold.
     pub fn check_invariants(&self) -> std::result::Result<(), String> {
-        self.0.cache.borrow().check()?;
+        self.check_tiers()?;
         self.0.queue.borrow().check()
     }
 
     /// Name, help text and value of each gauge.
     pub fn gauges(&self) -> Vec<(&'static str, &'static str, u64)> {
         let queue = self.0.queue.borrow();
-        let cached = self.0.cache.borrow().used_bytes();
         vec![
-            ("cache_ram_bytes", "Bytes of verified chunks in the RAM cache.", cached as u64),
             ("fetches_queued", "Chunks waiting for a GET.", queue.queued() as u64),
             ("object_gets_in_flight", "GETs in flight to the object store.", queue.gate.in_flight() as u64),
             (
@@ -302,7 +330,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
                 Ok(bytes) => self.verify(source, &bytes[plan.slice(i)], flight.deadline).await,
                 Err(error) => Err(error.clone()),
             };
-            self.finish(source, result, self.story(&plan, &flight));
+            self.finish(source, plan.class, result, self.story(&plan, &flight));
             self.0.platform.yield_now().await;
         }
         self.0.queue.borrow_mut().gate.done(plan.class);
@@ -320,13 +348,18 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         story
     }
 
-    fn finish(&self, source: &ChunkSource, result: Result<ChunkData>, story: Story) {
+    fn finish(&self, source: &ChunkSource, class: FetchClass, result: Result<ChunkData>, story: Story) {
         let result = match result {
             Err(_) if mutation::on(Mutation::FailedFetchIsZeroes) => Ok(Arc::new(vec![0; source.chunk_len as usize])),
             result => result,
         };
         match &result {
-            Ok(data) => self.0.cache.borrow_mut().insert(source.digest, data.clone()),
+            Ok(_) if !self.0.queue.borrow().shares() => {}
+            Ok(data) => {
+                let promoted = self.0.queue.borrow().is_promoted(&source.digest);
+                let rank = if promoted { Rank::Normal } else { tiers::rank_of(class) };
+                self.0.cache.borrow_mut().insert(source.digest, data.clone(), rank);
+            }
             Err(error) => {
                 self.0.counters.fetch_failures.add(1);
                 self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use support::{CHUNK, Image, Node, Options, STORE, image, status_of};
+use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, ObjectFaults, SimObjects, SimWorld};
@@ -402,5 +403,33 @@ fn a_reconnected_writer_is_not_overtaken_by_its_old_connection() {
         assert!(node.status("v").await.unwrap().attached, "the old connection has nothing left to lose");
         shard.connection_lost(volume, new);
         assert!(!node.status("v").await.unwrap().attached);
+    });
+}
+
+#[test]
+fn a_cache_disk_that_hangs_costs_one_wait_and_no_error() {
+    let (world, objects, img) = world(30, 8);
+    let dir = PathBuf::from("/node/cache");
+    let disk_cache = Some(DiskCacheConfig { dir, bytes: 8 << 20 });
+    // No RAM cache: every miss asks the disk.
+    let options = Options { cache_bytes: 0, disk_cache, ..Options::default() };
+    world.block_on(async {
+        let node = Node::start(world.platform(), &objects, &options).await.unwrap();
+        for name in ["a", "b"] {
+            node.create(node.spec(name, &img, HydrationRate::None)).await.unwrap();
+        }
+        let chunk = u64::from(CHUNK);
+        let first = node.attach("a").await.unwrap();
+        assert_eq!(node.read(&first, chunk, CHUNK).await.unwrap(), img.content[CHUNK as usize..2 * CHUNK as usize]);
+        node.platform.sleep(Duration::from_secs(1)).await;
+        assert_eq!(node.counter(0, "cache_insertions_total{tier=\"disk\"}").await, 1);
+        world.slow_disk("/node/cache", DiskOp::Read, Duration::from_secs(3600)..Duration::from_secs(3601));
+        let second = node.attach("b").await.unwrap();
+        let before = node.platform.now();
+        assert_eq!(node.read(&second, chunk, CHUNK).await.unwrap(), img.content[CHUNK as usize..2 * CHUNK as usize]);
+        let took = node.platform.now().since(before);
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert_eq!((pack_gets(&objects), node.counter(0, "cache_errors_total{tier=\"disk\"}").await), (2, 1));
+        assert!(node.events(0).await.iter().any(|event| event.contains("left alone")));
     });
 }

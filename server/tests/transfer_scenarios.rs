@@ -155,7 +155,7 @@ fn background_keeps_to_the_requests_per_second_and_a_guest_does_not_wait_for_the
     world.block_on(async {
         // A GET brings one chunk.
         let gate = GateLimits { gets_per_second: Some(10), ..GateLimits::default() };
-        let fetch_limits = QueueLimits { gate, get_bytes_max: 1 };
+        let fetch_limits = QueueLimits { gate, get_bytes_max: 1, share: true };
         let options = Options { fetch_limits, cache_bytes: 0, ..Options::default() };
         let node = Node::start(world.platform(), &objects, &options).await.unwrap();
         let volume = volume(&node, &img, "v", HydrationRate::Unlimited, None).await;
@@ -169,5 +169,22 @@ fn background_keeps_to_the_requests_per_second_and_a_guest_does_not_wait_for_the
         let took = node.platform.now().since(begun).as_secs_f64();
         assert!((28.0..33.0).contains(&took), "300 GETs at 10/s took {took} s");
         assert_eq!(node.counter(0, "object_gets_total").await, 300);
+    });
+}
+
+#[test]
+fn without_sharing_every_volume_fetches_for_itself() {
+    let (world, objects, img) = world(6, 4);
+    objects.set_faults(quick());
+    world.block_on(async {
+        let fetch_limits = QueueLimits { share: false, ..QueueLimits::default() };
+        let options = Options { fetch_limits, ..Options::default() };
+        let node = Node::start(world.platform(), &objects, &options).await.unwrap();
+        for name in ["a", "b", "c"] {
+            let volume = volume(&node, &img, name, HydrationRate::None, None).await;
+            assert_eq!(node.read(&volume, 0, 512).await.expect("read")[..], img.content[..512]);
+        }
+        let ledger = node.ledger("img", None).await;
+        assert_eq!((ledger.gets, ledger.saved_bytes, ledger.ram_bytes, ledger.joined_bytes), (3, 0, 0, 0));
     });
 }

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 mod api;
 pub mod batch;
+pub mod cache;
 pub mod check;
 pub mod image;
 pub mod ledger;
@@ -44,6 +45,9 @@ enum Command {
     /// Look at the volume stores.
     #[command(subcommand)]
     Store(store::StoreCommand),
+    /// Look at the chunk cache, warm it with an image, drop an image from it.
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
     /// Look at the server.
     #[command(subcommand)]
     Node(node::NodeCommand),
@@ -99,6 +103,7 @@ pub fn main() -> ExitCode {
         Command::Volume(command) => volume::run(&cli.globals, command),
         Command::Batch(command) => batch::run(&cli.globals, command),
         Command::Store(command) => store::run(&cli.globals, command),
+        Command::Cache(command) => cache::run(&cli.globals, command),
         Command::Node(command) => node::run(&cli.globals, command),
         Command::Ledger(args) => ledger::run(&cli.globals, args),
         Command::Check(args) => return check::run(&cli.globals, args),

@@ -175,6 +175,28 @@ fn mistakes_get_one_line_and_exit_code_1() {
 }
 
 #[test]
+fn an_image_is_warmed_shown_pinned_and_dropped() {
+    let server = Server::start();
+    let image = server.dir.path().join("image.raw");
+    let content: Vec<u8> = (0_u32..4 << 20).map(|at| (at.wrapping_mul(2_654_435_761) >> 15) as u8 | 1).collect();
+    std::fs::write(&image, content).unwrap();
+    let url = format!("file:{}", server.dir.path().join("objects").display());
+    server.ok(&["image", "import", image.to_str().unwrap(), "--name", "img", "--object-store", &url]);
+    let line = server.ok(&["cache", "warm", "img", "--pin"]);
+    assert_eq!(line, "img: 8 of 8 chunks are in the cache, 8 of them pinned\n");
+    let table = server.ok(&["cache", "show"]);
+    assert!(table.starts_with("TIER") && table.contains("\nram ") && table.contains("warmed img: 8 of 8"), "{table}");
+    let shown = server.json(&["cache", "show"]);
+    assert_eq!((&shown["ram"]["pinned_bytes"], &shown["disk"]), (&Value::from(4 << 20), &Value::Null));
+    assert_eq!(server.ok(&["cache", "unpin", "img"]), "img: 8 chunks unpinned\n");
+    assert_eq!(server.ok(&["cache", "drop", "img"]), "img: dropped 8 chunks from RAM and 0 from the disk\n");
+    assert_eq!(server.json(&["cache", "show"])["ram"]["used_bytes"], 0);
+    for args in [["cache", "warm", "none"], ["cache", "drop", "none"]] {
+        assert!(server.fails(&args).contains("\"none\""), "{args:?}");
+    }
+}
+
+#[test]
 fn a_missing_server_is_named() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let mut command = Command::new(env!("CARGO_BIN_EXE_volley"));

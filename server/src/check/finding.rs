@@ -43,6 +43,9 @@ pub enum Kind {
     FileUnsized,
     DeletionUnfinished,
     CreationUnfinished,
+    CacheCorrupt,
+    CacheStale,
+    CacheUnusable,
     Leftover,
     Foreign,
 }
@@ -58,6 +61,7 @@ impl Kind {
             Kind::FileLong | Kind::NoData | Kind::FileOrphaned => Severity::Warning,
             Kind::NotClosed | Kind::TornTail | Kind::FileUnsized | Kind::DeletionUnfinished => Severity::Note,
             Kind::CreationUnfinished | Kind::Leftover | Kind::Foreign => Severity::Note,
+            Kind::CacheCorrupt | Kind::CacheStale | Kind::CacheUnusable => Severity::Note,
         }
     }
 
@@ -92,6 +96,11 @@ impl Kind {
                 "nothing: the next start ends the deletion, or undoes it if it was never acknowledged"
             }
             Kind::CreationUnfinished => "remove it: its creation was never acknowledged and it holds no data",
+            Kind::CacheCorrupt => {
+                "nothing: they are fetched again; if there are many, or more each time, check the disk"
+            }
+            Kind::CacheStale => "nothing: they are fetched again",
+            Kind::CacheUnusable => "nothing: the next start makes it anew; if it does not, remove the file",
             Kind::Leftover => "nothing: the next start removes or replaces it",
             Kind::Foreign => "nothing: Volley leaves it alone",
         }

@@ -27,6 +27,10 @@ pub(super) fn to_toml(config: &Config) -> String {
         Some(url) => format!("object_store = {}", text(url)),
         None => "# object_store = \"file:/var/lib/volley/objects\"".to_string(),
     };
+    let cache_dir = match &cache.dir {
+        Some(dir) => format!("dir = {}", text(&dir.to_string_lossy())),
+        None => "# dir = \"/mnt/nvme0/volley-cache\"".to_string(),
+    };
     let rate = match hydration.default_rate {
         HydrationRate::BytesPerSecond(bytes) => format!("{}/s", ByteSize(bytes)),
         other => other.to_string(),
@@ -63,6 +67,10 @@ trace_slow = "{trace_slow}"
 [cache]
 # RAM for chunks of the whole node, split evenly over the shards.
 ram_bytes = "{ram_bytes}"
+# Disk for chunks of the whole node, so that a restart stays warm. "0" is no disk cache; else at least 64MiB.
+disk_bytes = "{disk_bytes}"
+# Where the disk cache lies: <data>/cache unless given. It may be lost at any time.
+{cache_dir}
 
 [hydration]
 # Rate of volumes whose creator names none: "unlimited", "none" (only what is touched) or bytes per second.
@@ -76,6 +84,8 @@ read_bytes_max = "{read_bytes_max}"
 
 # The object store as the whole node uses it; every shard has an equal share.
 [transfer]
+# false: every volume fetches for itself and nothing is cached. Only to measure what sharing saves.
+share = {share}
 # Bytes received per second ("unlimited" or "500MiB/s") and GETs per second (0: unlimited). What guests wait for goes into
 # debt that background hydration pays.
 bandwidth = "{bandwidth}"
@@ -104,9 +114,11 @@ corrupt_attempts = {corrupt_attempts}
         http = text(http),
         log = text(log),
         ram_bytes = cache.ram_bytes,
+        disk_bytes = cache.disk_bytes,
         reads_max = hydration.reads_max,
         background_reads_max = hydration.background_reads_max,
         read_bytes_max = hydration.read_bytes_max,
+        share = transfer.share,
         bandwidth = transfer.bandwidth,
         gets_per_second = transfer.gets_per_second,
         hedge_percent = transfer.hedge_percent,

@@ -34,7 +34,11 @@ fn printing_covers_every_key() {
         idle_poll: Span(Duration::from_micros(70)),
         log: "debug".to_string(),
         trace_slow: Span(Duration::from_millis(20)),
-        cache: CacheConfig { ram_bytes: ByteSize(64 << 20) },
+        cache: CacheConfig {
+            ram_bytes: ByteSize(64 << 20),
+            disk_bytes: ByteSize(3 << 30),
+            dir: Some(PathBuf::from("/mnt/\"fast\"/cache")),
+        },
         hydration: HydrationConfig {
             default_rate: HydrationRate::BytesPerSecond(1_000_000),
             reads_max: 5,
@@ -42,6 +46,7 @@ fn printing_covers_every_key() {
             read_bytes_max: ByteSize(8 << 20),
         },
         transfer: TransferConfig {
+            share: false,
             bandwidth: Bandwidth(Some(5 << 20)),
             gets_per_second: 70,
             hedge_percent: 3,
@@ -133,6 +138,18 @@ fn contradictions_are_refused() {
     assert!(
         load_error(&Overrides { listen: Some("nowhere".to_string()), ..Overrides::default() }).contains("--listen")
     );
+}
+
+#[test]
+fn the_disk_cache_is_off_unless_it_has_a_size() {
+    let parse = |text: &str| Config::from_text(text, &Overrides::default());
+    assert_eq!(parse("data = \"/d\"").unwrap().disk_cache(), None);
+    let on = parse("data = \"/d\"\n[cache]\ndisk_bytes = \"1GiB\"").unwrap().disk_cache().unwrap();
+    assert_eq!((on.dir, on.bytes), (PathBuf::from("/d/cache"), 1 << 30));
+    let placed = parse("[cache]\ndisk_bytes = \"1GiB\"\ndir = \"/fast\"").unwrap().disk_cache().unwrap();
+    assert_eq!(placed.dir, PathBuf::from("/fast"));
+    assert!(parse("[cache]\ndisk_bytes = \"1MiB\"").unwrap_err().to_string().contains("cache.disk_bytes"));
+    assert!(parse("[cache]\ndir = \"\"").unwrap_err().to_string().contains("cache.dir"));
 }
 
 #[test]

@@ -9,6 +9,8 @@ use crate::transfer::RetryPolicy;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TransferConfig {
+    /// `false`: every volume fetches for itself and nothing is cached. Only to measure what sharing saves.
+    pub share: bool,
     /// Bytes received per second. Guests' reads and priority fetches go into debt that background hydration pays.
     pub bandwidth: Bandwidth,
     /// GETs per second, likewise; 0 is unlimited.
@@ -31,6 +33,7 @@ impl TransferConfig {
 impl Default for TransferConfig {
     fn default() -> TransferConfig {
         TransferConfig {
+            share: true,
             bandwidth: Bandwidth(None),
             gets_per_second: 0,
             hedge_percent: RetryPolicy::default().hedge_percent,

@@ -255,3 +255,20 @@ fn the_ledger_adds_up_shards_by_image_and_batch() {
     let (_, metrics) = node.text("/metrics");
     assert!(metrics.contains("# TYPE volley_ledger_gets_total counter\nvolley_ledger_gets_total 14\n"), "{metrics}");
 }
+
+#[test]
+fn the_cache_is_shown_warmed_unpinned_and_dropped_over_all_shards() {
+    let node = Node::start(3);
+    node.put_snapshot("debian", 10 << 20);
+    let (status, cache) = node.get("/v1/cache");
+    assert_eq!((status, cache["shards"].as_array().unwrap().len(), &cache["disk"]), (200, 3, &Value::Null));
+    let warmed = node.post("/v1/cache/images/debian/warm", &json!({"pin": true}));
+    assert_eq!(warmed, (202, json!({"image": "debian", "pin": true})));
+    let unpinned = node.delete("/v1/cache/images/debian/pin");
+    assert_eq!(unpinned, (200, json!({"image": "debian", "chunks_unpinned": 3})));
+    let dropped = node.delete("/v1/cache/images/debian");
+    assert_eq!(dropped, (200, json!({"image": "debian", "chunks_ram": 3, "chunks_disk": 6})));
+    assert_eq!(code(&node.delete("/v1/cache/images/none")), (404, "unknown_snapshot"));
+    assert_eq!(code(&node.post("/v1/cache/images/none/warm", &json!({}))), (404, "unknown_snapshot"));
+    assert_eq!(code(&node.post("/v1/cache/images/debian/warm", &json!({"pins": true}))), (400, "invalid"));
+}

@@ -236,6 +236,17 @@ impl SimWorld {
         inode.borrow_mut().flip(offset);
         Ok(())
     }
+
+    /// The device wrote to the wrong place: `len` bytes from `from` lie at `to` too. All are multiples of 4096, inside of the
+    /// file.
+    ///
+    /// # Errors
+    /// If there is no such file.
+    pub fn misdirect_file(&self, path: &Path, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let inode = self.core.disk.borrow().file(path)?;
+        inode.borrow_mut().misdirect(from, to, len);
+        Ok(())
+    }
 }
 
 impl Drop for SimWorld {

@@ -3,10 +3,11 @@
 use std::future::Future;
 use std::sync::Arc;
 
+use crate::cache::TierStatus;
 use crate::error::Result;
 use crate::histogram::HistogramCounts;
 use crate::transfer::ledger::{Origin, Totals};
-use crate::types::{HydrationRate, VolumeId, VolumeSpec};
+use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
 /// A connection of this process's life: unique over all shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,6 +219,27 @@ pub enum Command {
     Ledger {
         reply: ReplyTo<Vec<(Origin, Totals)>>,
     },
+    /// This shard's part of the chunk cache.
+    ShowCache {
+        reply: ReplyTo<CacheStatus>,
+    },
+    /// Starts to fetch the chunks of an image that this shard owns into the cache, in the background; with `pin` they
+    /// stay in RAM, as far as there is room for pinned chunks. Answered when it has begun.
+    WarmCache {
+        snapshot: SnapshotRef,
+        pin: bool,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// Takes back what warming an image has pinned, and ends its warming; answers how many chunks.
+    UnpinCache {
+        image: String,
+        reply: ReplyTo<u64>,
+    },
+    /// Drops the chunks of an image from both tiers.
+    DropCache {
+        snapshot: SnapshotRef,
+        reply: ReplyTo<Result<Dropped>>,
+    },
     /// Runs an object-store operation on this shard for the control thread.
     Objects {
         op: ObjectOp,
@@ -227,6 +249,52 @@ pub enum Command {
     Stop {
         reply: ReplyTo<()>,
     },
+}
+
+/// A shard's part of the chunk cache.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct CacheStatus {
+    pub shard: usize,
+    pub ram: TierStatus,
+    /// `None`: not configured, or it could not be opened.
+    pub disk: Option<TierStatus>,
+    pub warming: Vec<WarmStatus>,
+}
+
+/// How far the warming of an image is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct WarmStatus {
+    pub image: String,
+    pub pin: bool,
+    pub running: bool,
+    /// Different chunks of the image that are stored.
+    pub chunks: u32,
+    /// In the cache, or they were there already.
+    pub chunks_done: u32,
+    pub chunks_pinned: u32,
+    /// Not fetched: the image is larger than the cache.
+    pub chunks_skipped: u32,
+    pub chunks_failed: u32,
+}
+
+impl WarmStatus {
+    /// Adds the same image's warming on another shard.
+    pub fn add(&mut self, other: &WarmStatus) {
+        self.pin |= other.pin;
+        self.running |= other.running;
+        self.chunks += other.chunks;
+        self.chunks_done += other.chunks_done;
+        self.chunks_pinned += other.chunks_pinned;
+        self.chunks_skipped += other.chunks_skipped;
+        self.chunks_failed += other.chunks_failed;
+    }
+}
+
+/// Chunks dropped, by tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Dropped {
+    pub chunks_ram: u64,
+    pub chunks_disk: u64,
 }
 
 pub enum ObjectOp {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
 
+use crate::cache::{tier_counters, tier_gauges};
 use crate::error::{Error, Result, Status};
 use crate::journal::Record;
 use crate::mutation::{self, Mutation};
@@ -47,6 +48,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             }
             Command::Stats { reply } => drop(reply.send(self.stats())),
             Command::Ledger { reply } => drop(reply.send(self.0.transfer.ledger().totals())),
+            Command::ShowCache { reply } => drop(reply.send(self.cache_status())),
+            Command::WarmCache { snapshot, pin, reply } => drop(reply.send(self.warm_cache(&snapshot, pin).await)),
+            Command::UnpinCache { image, reply } => drop(reply.send(self.unpin_image(&image))),
+            Command::DropCache { snapshot, reply } => drop(reply.send(self.drop_cache(&snapshot).await)),
             Command::Objects { op, reply } => drop(reply.send(self.object_op(op).await)),
             Command::Stop { reply } => {
                 self.stop().await;
@@ -284,6 +289,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn stats(&self) -> ShardStats {
         let volumes = self.volumes();
         let count = |which: &dyn Fn(&Rc<Volume<P>>) -> bool| volumes.iter().filter(|v| which(v)).count() as u64;
+        let (ram, disk) = self.0.transfer.tiers();
         let needed = |v: &Rc<Volume<P>>| v.spec.snapshot.as_ref().filter(|_| !v.hydrated.get()).map(|s| s.name.clone());
         let mut snapshots_needed: Vec<String> =
             volumes.iter().filter_map(needed).map(|name| name.to_string()).collect();
@@ -291,7 +297,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         snapshots_needed.dedup();
         let mut counters = self.0.counters.snapshot();
         counters.extend(self.0.connections.counters());
-        let mut gauges = self.0.transfer.gauges();
+        counters.extend(tier_counters(&ram, disk.as_ref()));
+        let mut gauges = tier_gauges(&ram, disk.as_ref());
+        gauges.extend(self.0.transfer.gauges());
         gauges.push(("requests_in_flight", "Data-path requests being served.", self.0.in_flight.get()));
         gauges.push((
             "connections_held_bytes",

@@ -1,6 +1,7 @@
 //! What must hold between any two steps of a shard, whatever it is doing. The simulation asks after every step; no
 //! server does.
 
+use crate::cache::TierStatus;
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
@@ -32,6 +33,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Err(format!("{} fills behind read misses", self.0.miss_fills.get()));
         }
         self.0.transfer.check_invariants()
+    }
+
+    /// What the tiers of the chunk cache hold and did.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn tiers(&self) -> (TierStatus, Option<TierStatus>) {
+        self.0.transfer.tiers()
     }
 
     /// A checkpoint now, due or not.

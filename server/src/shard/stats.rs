@@ -56,7 +56,6 @@ counters! {
     requests_forwarded: "Requests passed on to the shard that owns the volume.",
     requests_refused_busy: "Requests refused because the queue to another shard was full.",
     stale_generations: "Requests refused because another host had attached the volume.",
-    cache_hits: "Chunks found in the RAM cache.",
     fetches_joined: "Fetches that joined one already queued or in flight.",
     fetch_failures: "Chunks whose fetch failed for good.",
     object_gets: "GETs sent to the object store.",
@@ -80,6 +79,7 @@ pub struct StageTimes {
     transfer: Histogram,
     verify: Histogram,
     read_ram: Histogram,
+    read_disk: Histogram,
     read_object_store: Histogram,
 }
 
@@ -95,6 +95,7 @@ impl StageTimes {
     pub fn read_missed(&self, tier: Tier, took: Duration) {
         match tier {
             Tier::Ram => self.read_ram.add(took),
+            Tier::Disk => self.read_disk.add(took),
             Tier::ObjectStore => self.read_object_store.add(took),
         }
     }
@@ -109,6 +110,7 @@ impl StageTimes {
             ("fetch_stage_seconds{stage=\"transfer\"}", FETCH, self.transfer.snapshot()),
             ("fetch_stage_seconds{stage=\"verify\"}", FETCH, self.verify.snapshot()),
             ("guest_read_miss_seconds{tier=\"ram\"}", READ, self.read_ram.snapshot()),
+            ("guest_read_miss_seconds{tier=\"disk\"}", READ, self.read_disk.snapshot()),
             ("guest_read_miss_seconds{tier=\"object_store\"}", READ, self.read_object_store.snapshot()),
         ]
     }

@@ -24,6 +24,9 @@ const CHECKPOINT_PAUSE: Duration = Duration::from_secs(1);
 /// In-flight requests get this long to end when the server stops.
 const DRAIN_MAX: Duration = Duration::from_secs(8);
 
+/// A stop waits so long for the disk cache to write what it took: worth a warm start, and no more than that.
+const SETTLE_CACHE_MAX: Duration = Duration::from_secs(1);
+
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Remembers that the volume has something the next upkeep should make durable. If now everything is in the
     /// volume, that is made durable at once.
@@ -128,6 +131,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.checkpoint().await;
         for volume in self.volumes() {
             volume.close_file().await;
+        }
+        if let Some(disk) = self.0.transfer.disk() {
+            within(&self.0.platform, SETTLE_CACHE_MAX, disk.settled()).await;
         }
         if let Err(error) = self.0.journal.clone().close().await {
             tracing::warn!(%error, "closing the journal");

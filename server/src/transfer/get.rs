@@ -121,7 +121,10 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         let mut stored = stored;
         for attempt in 1.. {
             match self.decode(source, stored).await {
-                Ok(data) => return Ok(Arc::new(data)),
+                Ok(data) => {
+                    self.keep_on_disk(source, stored);
+                    return Ok(Arc::new(data));
+                }
                 Err(corrupt) => {
                     self.0.counters.corrupt_chunks.add(1);
                     let at = format!("{} offset {}", source.pack_key, source.offset);

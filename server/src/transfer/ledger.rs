@@ -25,6 +25,14 @@ pub struct Origin {
     pub batch: Option<u64>,
 }
 
+impl Origin {
+    /// An image as such, for no batch.
+    #[must_use]
+    pub fn image(name: &str) -> Origin {
+        Origin { snapshot: Arc::from(name), batch: None }
+    }
+}
+
 macro_rules! account {
     ($($name:ident: $help:literal),* $(,)?) => {
         /// Counts of one origin on one shard. Plain cells: one thread owns them.
@@ -70,6 +78,7 @@ macro_rules! account {
 account! {
     asked_bytes: "Bytes that guests read.",
     ram_bytes: "Bytes of chunks found in the RAM cache.",
+    disk_bytes: "Bytes of chunks found in the disk cache.",
     joined_bytes: "Bytes of chunks that were on their way for somebody else.",
     fetched_bytes: "Bytes of chunks that came from the object store.",
     gets: "GETs sent to the object store, repetitions and second attempts included.",

@@ -27,6 +27,8 @@ pub struct QueueLimits {
     pub gate: GateLimits,
     /// Largest merged GET.
     pub get_bytes_max: u64,
+    /// `false`: every request is a fetch of its own, and nothing is cached. Only to measure what sharing saves.
+    pub share: bool,
 }
 
 impl QueueLimits {
@@ -42,7 +44,7 @@ impl QueueLimits {
 impl Default for QueueLimits {
     fn default() -> QueueLimits {
         // A stretch and the chunk across its end are one GET.
-        QueueLimits { gate: GateLimits::default(), get_bytes_max: 8 << 20 }
+        QueueLimits { gate: GateLimits::default(), get_bytes_max: 8 << 20, share: true }
     }
 }
 
@@ -104,6 +106,7 @@ struct Entry<W> {
 /// `W` is whatever the shell uses to answer a waiter.
 pub struct FetchQueue<W> {
     get_bytes_max: u64,
+    share: bool,
     pub gate: Gate,
     entries: hashbrown::HashMap<Digest, Entry<W>, ahash::RandomState>,
     order: BTreeMap<(FetchClass, u64), Digest>,
@@ -117,12 +120,19 @@ impl<W> FetchQueue<W> {
     pub fn new(limits: QueueLimits, now: Time) -> FetchQueue<W> {
         FetchQueue {
             get_bytes_max: limits.get_bytes_max,
+            share: limits.share,
             gate: Gate::new(limits.gate, now),
             entries: hashbrown::HashMap::with_hasher(ahash::RandomState::with_seeds(9, 10, 11, 12)),
             order: BTreeMap::new(),
             places: BTreeMap::new(),
             sequence: 0,
         }
+    }
+
+    /// Whether requests for one chunk share a fetch and what the cache holds.
+    #[must_use]
+    pub fn shares(&self) -> bool {
+        self.share
     }
 
     #[must_use]
@@ -134,7 +144,7 @@ impl<W> FetchQueue<W> {
     pub fn push(&mut self, source: ChunkSource, class: FetchClass, waiter: W, now: Time) -> bool {
         self.sequence += 1;
         let mut source = source;
-        if mutation::on(Mutation::SingleFlightBroken) {
+        if !self.share || mutation::on(Mutation::SingleFlightBroken) {
             // Another name for the same bytes.
             source.digest[..8].copy_from_slice(&self.sequence.to_le_bytes());
         }

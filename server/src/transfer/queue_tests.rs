@@ -12,7 +12,7 @@ use crate::transfer::ledger::Origin;
 
 const GATE: GateLimits =
     GateLimits { gets_max: 4, gets_background_max: 2, bytes_per_second: None, gets_per_second: None };
-const LIMITS: QueueLimits = QueueLimits { gate: GATE, get_bytes_max: 400 };
+const LIMITS: QueueLimits = QueueLimits { gate: GATE, get_bytes_max: 400, share: true };
 const NOW: Time = Time(0);
 
 /// The next GET, if one may start.

@@ -87,6 +87,12 @@ impl Guests {
         *self.happened.borrow_mut().entry(what.into()).or_default() += 1;
     }
 
+    pub fn count_many(&self, what: &str, times: u64) {
+        if times > 0 {
+            *self.happened.borrow_mut().entry(what.into()).or_default() += times;
+        }
+    }
+
     pub(crate) fn below(&self, bound: u64) -> u64 {
         self.rng.borrow_mut().below(bound)
     }

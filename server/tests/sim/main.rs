@@ -4,6 +4,7 @@
 //! A failing seed prints the command that runs it again. tools/sim runs one seed (`VOLLEY_SIM_SEED`), or fresh seeds for
 //! `VOLLEY_SIM_SECONDS` from `VOLLEY_SIM_START` in `VOLLEY_SIM_JOBS` threads; with `VOLLEY_SIM_JSON` it reports in JSON.
 
+mod disk_cache;
 mod guest;
 mod inspector;
 mod lifecycle;

@@ -94,6 +94,8 @@ mutations! {
     torn_batch_accepted TornBatchAccepted
     restart_loses_partition RestartLosesPartition
     superblock_not_synced SuperblockNotSynced
+    slot_not_verified SlotNotVerified
+    slot_of_another_chunk SlotOfAnotherChunk
 }
 
 /// The same runs pass when no mutation is on: what catches is the bug and not the feature.

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::{Result, Status};
 use volley_server::journal::{Journal, Recovered, commit_epoch, recover};
 use volley_server::platform::Platform;
@@ -25,6 +26,7 @@ pub const STORES: [&str; 2] = ["a", "b"];
 /// A fetch goes on for this long, whatever the deadline of the guests that wait for it.
 const FETCH_DEADLINE: Duration = Duration::from_secs(20);
 const JOURNAL: &str = "/node/journal";
+pub const CACHE: &str = "/node/cache";
 
 /// A snapshot in the object store and its content.
 #[derive(Clone)]
@@ -162,6 +164,8 @@ pub async fn make_directories(sim: &Sim) -> std::io::Result<()> {
 pub struct NodeSettings {
     pub shards: usize,
     pub cache_bytes: usize,
+    /// `None`: no disk cache.
+    pub disk_cache_bytes: Option<u64>,
     pub hydration_bandwidth: Option<u64>,
     pub deadline: Duration,
     pub hedge_percent: u32,
@@ -172,6 +176,7 @@ impl Default for NodeSettings {
         NodeSettings {
             shards: 1,
             cache_bytes: 4 << 20,
+            disk_cache_bytes: None,
             hydration_bandwidth: None,
             deadline: Duration::from_secs(20),
             hedge_percent: 0,
@@ -268,6 +273,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         shard_map: (0..settings.shards).map(|k| format!("sim:{k}")).collect(),
         stores: STORES.iter().map(|label| store(label)).collect(),
         cache_bytes: settings.cache_bytes,
+        disk_cache: settings.disk_cache_bytes.map(|bytes| DiskCacheConfig { dir: PathBuf::from(CACHE), bytes }),
         guest_deadline: settings.deadline,
         retry: RetryPolicy {
             deadline: FETCH_DEADLINE,

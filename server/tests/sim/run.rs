@@ -12,6 +12,7 @@ use volley_server::platform::sim::{
 use volley_server::shard::api::{Command, ConnectionId, Reply, Request};
 use volley_server::types::{HydrationRate, VolumeSpec};
 
+use crate::disk_cache::{self, Dice, Tally};
 use crate::guest::{Excuses, Guests, VolumeRc};
 use crate::inspector;
 use crate::model::{After, BLOCK, Existence};
@@ -41,6 +42,7 @@ pub struct Run {
     pub objects: SimObjects,
     pub guests: Rc<Guests>,
     rng: SimRng,
+    cache_dice: Dice,
     power_cuts: u64,
     kills: u64,
     /// Durable points before there was anything to lose.
@@ -104,7 +106,8 @@ impl Run {
         let child = make_child(&objects, &mut rng, "image-2", &first);
         let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child]));
         let diary = Diary { replay, lives: Vec::new() };
-        Run { seed, world, objects, guests, rng, power_cuts: 0, kills: 0, set_up_syncs, diary }
+        let cache_dice = Dice::new(seed);
+        Run { seed, world, objects, guests, rng, cache_dice, power_cuts: 0, kills: 0, set_up_syncs, diary }
     }
 
     pub fn report(&self) -> Report {
@@ -177,6 +180,7 @@ impl Run {
         NodeSettings {
             shards: 1 + self.rng.index(3),
             cache_bytes: [0, 256 << 10, 8 << 20][self.rng.index(3)],
+            disk_cache_bytes: self.cache_dice.budget(),
             hydration_bandwidth: [None, Some(4 << 20), Some(256 << 10)][self.rng.index(3)],
             deadline: [Duration::from_secs(20), Duration::from_secs(20), Duration::from_millis(30)][self.rng.index(3)],
             hedge_percent: if self.hedges() { 50 } else { 0 },
@@ -222,6 +226,7 @@ impl Run {
             let path = ["/node", "/node/stores"][self.rng.index(2)];
             self.world.slow_disk(path, op, Duration::from_millis(1)..Duration::from_millis(100));
         }
+        self.cache_dice.set_faults(&self.world, &self.guests);
         self.guests.excuses.set(excuses);
     }
 
@@ -236,6 +241,7 @@ impl Run {
                 return;
             }
         };
+        let _tally = Tally { node: node.clone(), guests: self.guests.clone() };
         inspector::watch(&self.world, self.seed, &node, &self.guests);
         if self.seed.is_multiple_of(2) {
             self.guests.flush_all(&node).await;
@@ -260,7 +266,9 @@ impl Run {
         let fork = self.world.fork(self.seed ^ 0x5eed);
         let objects = self.objects.fork(&fork);
         let sim = fork.platform();
-        let settings = NodeSettings { shards: 1 + self.rng.index(3), ..NodeSettings::default() };
+        let shards = 1 + self.rng.index(3);
+        let settings =
+            NodeSettings { shards, disk_cache_bytes: disk_cache::healthy(self.seed), ..NodeSettings::default() };
         let volumes = self.guests.volumes.borrow().clone();
         let guests = self.guests.clone();
         let judged = fork.run_within(LIMITS, async {
@@ -290,10 +298,13 @@ impl Run {
     pub fn final_life(&mut self) {
         self.world.note("final life", &[]);
         let sim = self.world.platform();
-        let settings = NodeSettings { shards: 1 + self.rng.index(3), ..NodeSettings::default() };
+        let shards = 1 + self.rng.index(3);
+        let settings =
+            NodeSettings { shards, disk_cache_bytes: disk_cache::healthy(self.seed), ..NodeSettings::default() };
         self.guests.stopping.set(false);
         let done = self.world.run_within(LIMITS, async {
             let node = Rc::new(Node::start(&sim, &self.objects, settings).await.expect("a healthy node starts"));
+            let _tally = Tally { node: node.clone(), guests: self.guests.clone() };
             inspector::watch(&self.world, self.seed, &node, &self.guests);
             let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS / 4));
             join_all(guests).await;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::{Result, Status};
 use volley_server::journal::{self, Journal};
 use volley_server::platform::Platform;
@@ -67,6 +68,7 @@ pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zer
 pub struct Options {
     pub shards: usize,
     pub cache_bytes: usize,
+    pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
     pub retry: RetryPolicy,
@@ -79,6 +81,7 @@ impl Default for Options {
         Options {
             shards: 1,
             cache_bytes: 4 << 20,
+            disk_cache: None,
             guest_deadline,
             hydration_bandwidth: None,
             retry: RetryPolicy::default(),
@@ -118,6 +121,7 @@ impl Node {
                 hydration_bandwidth: options.hydration_bandwidth,
             }],
             cache_bytes: options.cache_bytes,
+            disk_cache: options.disk_cache.clone(),
             guest_deadline: options.guest_deadline,
             retry: options.retry,
             fetch_limits: options.fetch_limits,

@@ -87,6 +87,10 @@ fn print(globals: &Globals, report: &Report) -> CliResult {
             report.chunks_verified, report.chunks_changed, report.chunks_discarded
         ))?;
     }
+    if report.cache_chunks > 0 {
+        let (chunks, corrupt) = (report.cache_chunks, report.cache_chunks_corrupt);
+        print_line(&format!("disk cache: {chunks} chunks, {corrupt} of them corrupt"))?;
+    }
     let verdict = if report.is_clean() { "clean" } else { "not clean" };
     print_line(&format!("{verdict}: {damage} damaged, {warnings} to look at, {notes} notes"))
 }

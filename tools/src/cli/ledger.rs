@@ -28,6 +28,7 @@ struct Line {
     batch: Option<String>,
     asked_bytes: u64,
     ram_bytes: u64,
+    disk_bytes: u64,
     joined_bytes: u64,
     fetched_bytes: u64,
     gets: u64,
@@ -61,6 +62,7 @@ pub fn run(globals: &Globals, args: LedgerArgs) -> CliResult {
         "BATCH",
         "ASKED",
         "RAM",
+        "DISK",
         "JOINED",
         "FETCHED",
         "GETS",
@@ -73,14 +75,17 @@ pub fn run(globals: &Globals, args: LedgerArgs) -> CliResult {
     ]);
     let node = std::iter::once(&ledger.node).filter(|_| args.image.is_none());
     for line in node.chain(&ledger.images).chain(&ledger.batches) {
-        let Line { asked_bytes, ram_bytes, joined_bytes, fetched_bytes, object_bytes, saved_bytes, .. } = *line;
-        let [asked, ram, joined, fetched, received, saved] =
-            [asked_bytes, ram_bytes, joined_bytes, fetched_bytes, object_bytes, saved_bytes].map(format_size);
+        let Line { asked_bytes, ram_bytes, disk_bytes, joined_bytes, fetched_bytes, object_bytes, saved_bytes, .. } =
+            *line;
+        let [asked, ram, disk, joined, fetched, received, saved] =
+            [asked_bytes, ram_bytes, disk_bytes, joined_bytes, fetched_bytes, object_bytes, saved_bytes]
+                .map(format_size);
         table.row([
             line.image.clone().unwrap_or_else(|| "(node)".to_owned()),
             line.batch.clone().unwrap_or_else(|| "-".to_owned()),
             asked,
             ram,
+            disk,
             joined,
             fetched,
             line.gets.to_string(),

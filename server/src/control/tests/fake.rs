@@ -10,7 +10,7 @@ use crate::control::{Control, Settings};
 use crate::datadir::Store;
 use crate::error::{Error, Result, Status};
 use crate::object_store::{ObjectError, ObjectMeta};
-use crate::shard::api::{Command, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
+use crate::shard::api::{CacheStatus, Command, Dropped, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
 use crate::snapshot::{ChunkEntry, Manifest, SnapshotInfo, manifest_key};
 use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeSpec, batch_text};
@@ -279,6 +279,12 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         }
         Command::Stats { reply } => drop(reply.send(stats(volumes, shard))),
         Command::Ledger { reply } => drop(reply.send(ledger(shard))),
+        Command::ShowCache { reply } => drop(reply.send(CacheStatus { shard, ..CacheStatus::default() })),
+        Command::WarmCache { reply, .. } => drop(reply.send(Ok(()))),
+        Command::UnpinCache { reply, .. } => drop(reply.send(1)),
+        Command::DropCache { reply, .. } => {
+            drop(reply.send(Ok(Dropped { chunks_ram: 1, chunks_disk: 2 })));
+        }
         Command::Objects { .. } | Command::Stop { .. } => unreachable!("handled by the caller"),
     }
 }

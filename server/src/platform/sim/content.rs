@@ -127,6 +127,16 @@ impl Content {
         }
     }
 
+    /// Copies whole blocks over others in place, as a device does that writes to the wrong address.
+    pub(super) fn misdirect(&mut self, from: u64, to: u64, len: u64) {
+        for at in (0..len).step_by(BLOCK as usize) {
+            match self.blocks.get(&((from + at) / BLOCK)).cloned() {
+                Some(block) => drop(self.blocks.insert((to + at) / BLOCK, block)),
+                None => drop(self.blocks.remove(&((to + at) / BLOCK))),
+            }
+        }
+    }
+
     fn put(&mut self, at: u64, sector: &[u8]) {
         let block = self.blocks.entry(at / BLOCK).or_insert_with(|| Box::new([0; BLOCK as usize]));
         let within = (at % BLOCK) as usize;
@@ -230,6 +240,11 @@ impl Inode {
     pub(super) fn flip(&mut self, offset: u64) {
         self.live.flip(offset);
         self.durable.flip(offset);
+    }
+
+    pub(super) fn misdirect(&mut self, from: u64, to: u64, len: u64) {
+        self.live.misdirect(from, to, len);
+        self.durable.misdirect(from, to, len);
     }
 
     fn take_covered(&mut self, point: u64) -> Vec<Pending> {
