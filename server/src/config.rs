@@ -14,6 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use crate::object_store::ObjectStoreUrl;
+use crate::object_store::s3::S3Config;
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
 use crate::units::{ByteSize, Span};
@@ -24,7 +25,7 @@ use crate::units::{ByteSize, Span};
 pub struct Config {
     /// Where the node keeps its identity, its journals and, unless `store` says otherwise, its volumes.
     pub data: PathBuf,
-    /// `file:DIR`. Has no default: a node without an object store is a mistake.
+    /// `file:DIR` or `s3://BUCKET/PREFIX`. Has no default: a node without an object store is a mistake.
     pub object_store: Option<String>,
     /// Data port of shard 0; shard k listens on port + k, or on `path.k` of a unix socket.
     pub listen: ListenAddr,
@@ -40,6 +41,8 @@ pub struct Config {
     pub hydration: HydrationConfig,
     pub deadlines: DeadlineConfig,
     pub retries: RetryConfig,
+    /// How to reach a bucket.
+    pub s3: S3Config,
     /// Volume stores; none means one called `default` at `<data>/store`.
     #[serde(rename = "store")]
     pub stores: Vec<StoreConfig>,
@@ -156,6 +159,7 @@ impl Default for Config {
             hydration: HydrationConfig::default(),
             deadlines: DeadlineConfig::default(),
             retries: RetryConfig::default(),
+            s3: S3Config::default(),
             stores: Vec::new(),
         }
     }
@@ -294,6 +298,7 @@ impl Config {
         }
         self.check_hydration()?;
         self.check_deadlines()?;
+        self.s3.check().map_err(ConfigError)?;
         self.check_stores()
     }
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::object_store::{ObjectBytes, ObjectMeta};
 use crate::object_store::dir::DirStore;
+use crate::object_store::{ObjectBytes, ObjectMeta};
 use crate::snapshot::{ChunkEntry, IMPORT_PREFIX, PACK_PREFIX, catalog, read};
 
 const CHUNK: usize = 64 << 10;
