@@ -16,4 +16,5 @@ mod image_file;
 mod images;
 mod lifecycle;
 mod recovery;
+mod s3;
 mod torture;
