@@ -107,3 +107,20 @@ fn resident_data_is_served_while_the_store_is_gone_and_hydration_goes_on_when_it
     });
     stop(node);
 }
+
+#[test]
+fn a_store_that_closes_kept_connections_costs_no_retry() {
+    let lab = Lab::new();
+    lab.import("debian").expect("import");
+    let node = lab.node_with_volume("node", HydrationRate::None);
+    lab.proxy.fail(PACKS, Fault::Close, usize::MAX);
+    let connections = lab.proxy.connections();
+    attached(&node, async |volume| {
+        for offset in (0..IMAGE_BYTES).step_by(2 << 20) {
+            lab.check(offset, &volume.read(offset as u64, 4096).await.expect("read"));
+        }
+    });
+    assert!(lab.proxy.connections() - connections >= 10, "connections were closed");
+    assert_eq!((counter(&node, "object_retries_total"), counter(&node, "object_errors_total")), (0, 0));
+    stop(node);
+}

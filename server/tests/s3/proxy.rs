@@ -32,6 +32,8 @@ pub enum Fault {
     StallBody,
     /// The connection is reset.
     Reset,
+    /// A whole answer, and then the end of the connection without a word about it.
+    Close,
 }
 
 struct Rule {
@@ -187,6 +189,9 @@ fn serve(shared: &Shared, client: &mut dyn Duplex, socket: &TcpStream) -> io::Re
             _ => client.write_all(&body)?,
         }
         client.flush()?;
+        if matches!(fault, Some(Fault::Close)) {
+            return socket.shutdown(Shutdown::Both);
+        }
     }
 }
 
