@@ -10,6 +10,7 @@ use super::failure::Failure;
 use super::put::content_md5;
 use super::request::Call;
 use super::transport::{HttpTransport, Method};
+use super::xml;
 
 /// A page holds a thousand objects: this many are 50 million, beyond any store of ours.
 const PAGES_MAX: usize = 50_000;
@@ -57,7 +58,7 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
         call.query.extend(token.map(|token| ("continuation-token", token.to_owned())));
         call.query.extend(delimiter.map(|delimiter| ("delimiter", delimiter.to_owned())));
         let response = self.send_patiently(&call).await?;
-        ListObjectsV2::parse_response(&String::from_utf8_lossy(&response.body))
+        ListObjectsV2::parse_response(&xml::in_namespace(&String::from_utf8_lossy(&response.body)))
             .map_err(|e| self.wrong(&call, response.status, &format!("the listing can't be read: {e}")))
     }
 
@@ -76,21 +77,21 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
     }
 
     async fn delete_batch(&self, keys: &[&str]) -> Result<(), Failure> {
-        let mut xml = String::from("<Delete xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Quiet>true</Quiet>");
+        let mut request = String::from("<Delete xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Quiet>true</Quiet>");
         for key in keys {
             let full = self.full_key(key).map_err(|error| Failure { error, status: 0, code: String::new() })?;
             // Keys of ours have no characters to escape; the prefix may.
             let full = full.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-            xml.push_str(&format!("<Object><Key>{full}</Key></Object>"));
+            request.push_str(&format!("<Object><Key>{full}</Key></Object>"));
         }
-        xml.push_str("</Delete>");
+        request.push_str("</Delete>");
         let mut call = Call::new(Method::Post, None, "delete objects of", "s3:DeleteObject");
         call.query = vec![("delete", String::new())];
         call.headers =
-            vec![("content-md5", content_md5(xml.as_bytes())), ("content-type", "application/xml".to_owned())];
-        call.body = xml.as_bytes();
+            vec![("content-md5", content_md5(request.as_bytes())), ("content-type", "application/xml".to_owned())];
+        call.body = request.as_bytes();
         let response = self.send_patiently(&call).await?;
-        let answer = DeleteObjectsResponse::parse(&String::from_utf8_lossy(&response.body));
+        let answer = DeleteObjectsResponse::parse(&xml::in_namespace(&String::from_utf8_lossy(&response.body)));
         let answer = answer.map_err(|e| self.wrong(&call, response.status, &format!("no result: {e}")))?;
         match answer.errors.iter().find(|error| error.code != "NoSuchKey") {
             None => Ok(()),

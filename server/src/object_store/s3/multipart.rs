@@ -9,6 +9,7 @@ use super::failure::{Asked, Failure, refused};
 use super::put::{PUT, content_md5};
 use super::request::Call;
 use super::transport::{HttpTransport, Method};
+use super::xml;
 
 /// Stores want at least 5 MiB; what is repeated after a lost connection is one part.
 const PART_BYTES: usize = 16 << 20;
@@ -36,7 +37,8 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
         call.query = vec![("uploads", String::new())];
         call.headers = headers;
         let response = self.send_patiently(&call).await?;
-        let answer = CreateMultipartUpload::parse_response(&String::from_utf8_lossy(&response.body));
+        let answer =
+            CreateMultipartUpload::parse_response(&xml::in_namespace(&String::from_utf8_lossy(&response.body)));
         let answer = answer.map_err(|e| self.wrong(&call, response.status, &format!("no upload id: {e}")))?;
         Ok(answer.upload_id().to_owned())
     }
