@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use futures::executor::block_on;
 use serde_json::{Value, json};
 use volley_server::import::{self, ImageFormat, ImportError, ImportOptions, ImportReport};
+use volley_server::platform::blocking::ToolStore;
 use volley_server::snapshot::catalog::{self, Collected};
 use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, read};
 
@@ -21,6 +22,10 @@ mod progress;
 const PARALLEL_MAX: i64 = 256;
 /// Damaged chunks named one by one; the rest are counted.
 const BAD_CHUNKS_SHOWN: usize = 20;
+
+/// What the server logs of such a store, in the words of an import.
+const WEAKER_STORE: &str = "the object store does not honour If-None-Match: do not import under one name from two \
+                            machines at the same moment";
 
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
@@ -132,7 +137,10 @@ fn import(globals: &Globals, args: ImportArgs) -> CliResult {
         threads: args.parallel.threads(),
     };
     let progress = Progress::start("import", globals.json);
-    let report = import::import(&store, &options, |done, total| progress.update(done, total))?;
+    let mut report = import::import(&store, &options, |done, total| progress.update(done, total))?;
+    if matches!(&store, ToolStore::S3(s3) if s3.honours_conditional_put() == Some(false)) {
+        report.notes.push(WEAKER_STORE.to_owned());
+    }
     progress.finish();
     if globals.json { print_json(&report) } else { print_line(&import_text(&report)) }
 }

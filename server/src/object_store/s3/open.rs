@@ -53,8 +53,8 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
     /// Those of a listing.
     pub async fn clock_skew_seconds(&self) -> Result<Option<i64>, ObjectError> {
         let mut call = list_call();
-        call.query = vec![("list-type", "2".to_owned()), ("max-keys", "1".to_owned())];
-        call.query.push(("prefix", self.inner.prefix.clone()));
+        call.query = vec![("list-type", "2".to_owned()), ("encoding-type", "url".to_owned())];
+        call.query.extend([("prefix", self.inner.prefix.clone()), ("delimiter", "/".to_owned())]);
         let response = self.send_patiently(&call).await?;
         Ok(skew_seconds(&response, self.now().as_second()))
     }
