@@ -22,6 +22,8 @@ use crate::error::{Error, Result, Status};
 use crate::journal::{self, FileReport, Recovered};
 use crate::limits::COMMANDS_DEPTH;
 use crate::object_store::ObjectStoreUrl;
+use crate::object_store::any::StoreChoice;
+use crate::object_store::s3::Environment;
 use crate::platform::glommio::kernel_random_u64;
 use crate::shard::api::{Command, ShardMap};
 use crate::shard::mesh::Mesh;
@@ -44,7 +46,7 @@ pub struct NodeConfig {
     /// The journals were made before: a start refuses to make them anew.
     pub journal_exists: bool,
     pub stores: Vec<StoreConfig>,
-    pub object_store: ObjectStoreUrl,
+    pub object_store: StoreChoice,
     /// Data port of shard 0; shard k takes port + k, or `path.k`.
     pub listen: ListenAddr,
     /// Number of shards; 0: one for each core the process may run on.
@@ -63,14 +65,18 @@ pub struct NodeConfig {
 }
 
 impl NodeConfig {
-    /// Puts together what the configuration and the data directory say.
+    /// Puts together what the configuration, the data directory and, for a bucket, the environment say.
     ///
     /// # Errors
-    /// `Invalid` when the object store's URL is missing or not understood.
+    /// `Invalid` when the object store's URL is missing or not understood, or its settings contradict each other.
     pub fn new(config: &Config, data: &DataDir) -> Result<NodeConfig> {
-        let missing = || "no object store: give --object-store file:DIR or set VOLLEY_OBJECT_STORE".to_owned();
+        let missing = || {
+            "no object store: give --object-store file:DIR or s3://BUCKET/PREFIX, or set VOLLEY_OBJECT_STORE".to_owned()
+        };
         let url = config.object_store.as_ref().ok_or_else(missing);
-        let object_store = url.and_then(|url| url.parse()).map_err(|why| Error::new(Status::Invalid, why))?;
+        let choose = |url: ObjectStoreUrl| StoreChoice::new(&url, &config.s3, &Environment::of_process());
+        let object_store = url.and_then(|url| url.parse()).and_then(choose);
+        let object_store = object_store.map_err(|why| Error::new(Status::Invalid, why))?;
         let stores = data.stores.iter().map(|store| StoreConfig {
             label: store.label.clone(),
             path: store.path.clone(),
@@ -210,6 +216,7 @@ fn start_once(config: NodeConfig) -> Result<Node> {
             journal_dir: config.journal_dir.clone(),
             epoch: report.epoch,
             object_store: config.object_store.clone(),
+            has_volumes: report.volumes > 0,
             config: shard_config(&config, shard, shards, boot_id, &shard_map),
             volumes,
             mesh,

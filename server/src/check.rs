@@ -27,7 +27,8 @@ use crate::bootstrap::{JOURNAL_DIR, RESERVE};
 use crate::datadir::{self, DataDirError, NodeIdentity, StoreIdentity};
 use crate::error::Error;
 use crate::journal::{self, Inspection};
-use crate::object_store::{ObjectError, ObjectStoreUrl};
+use crate::object_store::ObjectError;
+use crate::object_store::any::StoreChoice;
 use crate::platform::blocking::Blocking;
 use crate::types::VolumeState;
 use content::Snapshots;
@@ -39,7 +40,7 @@ pub struct Options {
     /// Where volume stores are, by label, if not where the node last had them.
     pub stores: Vec<(String, PathBuf)>,
     /// With it, volumes are held against their snapshots.
-    pub object_store: Option<ObjectStoreUrl>,
+    pub object_store: Option<StoreChoice>,
     /// Look at files and extents only, and read no volume.
     pub quick: bool,
 }

@@ -19,6 +19,7 @@ pub use transfer::TransferConfig;
 use crate::cache::disk::DiskCacheConfig;
 use crate::datadir::CACHE_DIR;
 use crate::object_store::ObjectStoreUrl;
+use crate::object_store::s3::S3Config;
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
 use crate::units::{ByteSize, Span};
@@ -29,7 +30,7 @@ use crate::units::{ByteSize, Span};
 pub struct Config {
     /// Where the node keeps its identity, its journals and, unless `store` says otherwise, its volumes.
     pub data: PathBuf,
-    /// `file:DIR`. Has no default: a node without an object store is a mistake.
+    /// `file:DIR` or `s3://BUCKET/PREFIX`. Has no default: a node without an object store is a mistake.
     pub object_store: Option<String>,
     /// Data port of shard 0; shard k listens on port + k, or on `path.k` of a unix socket.
     pub listen: ListenAddr,
@@ -48,6 +49,8 @@ pub struct Config {
     pub transfer: TransferConfig,
     pub deadlines: DeadlineConfig,
     pub retries: RetryConfig,
+    /// How to reach a bucket.
+    pub s3: S3Config,
     /// Volume stores; none means one called `default` at `<data>/store`.
     #[serde(rename = "store")]
     pub stores: Vec<StoreConfig>,
@@ -173,6 +176,7 @@ impl Default for Config {
             transfer: TransferConfig::default(),
             deadlines: DeadlineConfig::default(),
             retries: RetryConfig::default(),
+            s3: S3Config::default(),
             stores: Vec::new(),
         }
     }
@@ -322,6 +326,7 @@ impl Config {
         self.check_hydration()?;
         self.transfer.check()?;
         self.check_deadlines()?;
+        self.s3.check().map_err(ConfigError)?;
         self.check_stores()
     }
 

@@ -1,8 +1,11 @@
 //! The object store seam: immutable objects by key. Backends are chosen at start and used on the shard.
 
+pub mod any;
 pub mod dir;
+pub mod s3;
 pub mod url;
 
+pub use any::AnyStore;
 pub use url::ObjectStoreUrl;
 
 use std::future::Future;
@@ -88,4 +91,26 @@ pub trait ObjectStore: Clone + 'static {
     fn list(&self, prefix: &str) -> impl Future<Output = Result<Vec<ObjectMeta>, ObjectError>>;
     /// Deleting an absent object succeeds.
     fn delete(&self, key: &str) -> impl Future<Output = Result<(), ObjectError>>;
+    /// Deletes all of them, in any order; after an error some are left.
+    fn delete_all(&self, keys: &[&str]) -> impl Future<Output = Result<(), ObjectError>> {
+        async move {
+            for key in keys {
+                self.delete(key).await?;
+            }
+            Ok(())
+        }
+    }
+}
+
+const KEY_BYTES_MAX: usize = 512;
+
+/// Checks that a key is a `/`-separated path of `[A-Za-z0-9._-]` components that don't start with a dot.
+fn check_key(key: &str) -> Result<(), ObjectError> {
+    let component = |c: &str| {
+        !c.is_empty() && !c.starts_with('.') && c.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    };
+    if key.len() > KEY_BYTES_MAX || !key.split('/').all(component) {
+        return Err(ObjectError::Fatal(format!("{key:?} is not an object key")));
+    }
+    Ok(())
 }

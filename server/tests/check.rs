@@ -15,6 +15,7 @@ use volley_server::config::{Bandwidth, StoreConfig};
 use volley_server::datadir::DataDir;
 use volley_server::import::{self, ImportOptions};
 use volley_server::journal::{self, Journal, Record};
+use volley_server::object_store::any::StoreChoice;
 use volley_server::object_store::dir::DirStore;
 use volley_server::platform::blocking::Blocking;
 use volley_server::types::{ChunkResidency, HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
@@ -156,7 +157,7 @@ impl Lab {
     }
 
     fn against_snapshots(&self, quick: bool) -> Report {
-        let object_store = Some(format!("file:{}", self.objects().display()).parse().expect("url"));
+        let object_store = Some(StoreChoice::Dir(self.objects()));
         check(&self.data(), &Options { object_store, quick, stores: Vec::new() }).expect("checked")
     }
 }

@@ -11,6 +11,7 @@ use volley_server::bootstrap::{self, Node, NodeConfig};
 use volley_server::config::{Config, ListenAddr};
 use volley_server::datadir::DataDir;
 use volley_server::error::Error;
+use volley_server::object_store::any::StoreChoice;
 use volley_server::shard::api::Command;
 use volley_server::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeId, VolumeSpec};
 
@@ -187,7 +188,7 @@ fn a_start_that_fails_names_the_cause_and_leaves_nothing_behind() {
     let port = taken.local_addr().expect("address").port();
     refused(NodeConfig { listen: tcp(port), ..lab.node_config() }, &[&port.to_string(), "--listen"]);
 
-    let gone = format!("file:{}", lab.path("no-such-store").display()).parse().expect("url");
+    let gone = StoreChoice::Dir(lab.path("no-such-store"));
     refused(NodeConfig { object_store: gone, ..lab.node_config() }, &["no-such-store"]);
 
     let mut config = lab.node_config();

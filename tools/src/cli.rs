@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -18,6 +19,8 @@ pub mod check;
 pub mod image;
 pub mod ledger;
 pub mod node;
+pub mod object_store;
+mod objects;
 pub mod store;
 pub mod volume;
 
@@ -48,6 +51,9 @@ enum Command {
     /// Look at the chunk cache, warm it with an image, drop an image from it.
     #[command(subcommand)]
     Cache(cache::CacheCommand),
+    /// Look at the object store.
+    #[command(subcommand)]
+    ObjectStore(object_store::ObjectStoreCommand),
     /// Look at the server.
     #[command(subcommand)]
     Node(node::NodeCommand),
@@ -66,9 +72,12 @@ pub struct Globals {
     /// HTTP address of the server; the port defaults to 7480.
     #[arg(long, global = true, env = "VOLLEY_SERVER", default_value = "127.0.0.1:7480", value_name = "HOST[:PORT]")]
     pub server: String,
-    /// Object store, e.g. file:/var/lib/volley/objects.
+    /// Object store: file:/var/lib/volley/objects or s3://BUCKET/PREFIX.
     #[arg(long, global = true, env = "VOLLEY_OBJECT_STORE", value_name = "URL")]
     pub object_store: Option<String>,
+    /// Configuration file of volleyd: its object_store and [s3] are used where options and environment say nothing.
+    #[arg(long, global = true, env = "VOLLEY_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 /// Why a command failed: a stable code for programs and a sentence for people.
@@ -104,6 +113,7 @@ pub fn main() -> ExitCode {
         Command::Batch(command) => batch::run(&cli.globals, command),
         Command::Store(command) => store::run(&cli.globals, command),
         Command::Cache(command) => cache::run(&cli.globals, command),
+        Command::ObjectStore(command) => object_store::run(&cli.globals, command),
         Command::Node(command) => node::run(&cli.globals, command),
         Command::Ledger(args) => ledger::run(&cli.globals, args),
         Command::Check(args) => return check::run(&cli.globals, args),

@@ -108,7 +108,7 @@ fn bad_input_gets_one_line_that_names_it() {
     lab.fails(&["image", "import", "missing.raw", "--name", "a"], &["missing.raw", "No such file"]);
     lab.fails(&["image", "list"], &["objects", "does not exist"]);
     refused(&lab.volley_at(None, &["image", "list"]), &["--object-store", "VOLLEY_OBJECT_STORE"]);
-    refused(&lab.volley_at(Some("s3://bucket"), &["image", "list"]), &["not supported yet, use file:DIR"]);
+    refused(&lab.volley_at(Some("s3:bucket"), &["image", "list"]), &["or s3://BUCKET/PREFIX"]);
     refused(&lab.volley_at(Some("file:objects"), &["image", "list"]), &["absolute"]);
 
     lab.ok(&["image", "import", "image", "--name", "a"]);

@@ -31,7 +31,7 @@ struct Args {
     /// Data directory: identity, journals and volumes of this node.
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Object store with the snapshots, e.g. file:/var/lib/volley/objects.
+    /// Object store with the snapshots: file:/var/lib/volley/objects or s3://BUCKET/PREFIX.
     #[arg(long, env = "VOLLEY_OBJECT_STORE", value_name = "URL")]
     object_store: Option<String>,
     /// Data port of shard 0: host:port or unix:PATH. Shard k listens on port + k. Port 0 picks free ports.
@@ -77,7 +77,7 @@ fn run(args: Args) -> Result<(), String> {
         return say(&config.to_toml());
     }
     start_log(&config.log)?;
-    let missing = "no object store: give --object-store file:DIR, set VOLLEY_OBJECT_STORE, or object_store in --config";
+    let missing = "no object store: give --object-store file:DIR or s3://BUCKET/PREFIX, set VOLLEY_OBJECT_STORE, or object_store in --config";
     let object_store = config.object_store.clone().ok_or(missing)?;
     raise_open_files();
     let mut data = DataDir::open(&config.data, &config.stores()).map_err(|e| e.to_string())?;

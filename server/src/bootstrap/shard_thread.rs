@@ -12,9 +12,10 @@ use crate::connection::{self, Connections};
 use crate::error::{Error, Result, Status};
 use crate::journal::Journal;
 use crate::limits::{ACCEPT_RETRY, FLUSH_REPLIES_MAX};
-use crate::object_store::dir::DirStore;
-use crate::object_store::{ObjectError, ObjectStoreUrl};
-use crate::platform::glommio::{Acceptor, Glommio};
+use crate::object_store::ObjectError;
+use crate::object_store::any::{AnyStore, StoreChoice};
+use crate::object_store::s3::RequestPolicy;
+use crate::platform::glommio::{Acceptor, Glommio, GlommioHttp};
 use crate::platform::{Platform, Queue};
 use crate::shard::api::Command;
 use crate::shard::mesh::Mesh;
@@ -24,7 +25,8 @@ use crate::types::VolumeState;
 /// Status of the error of a thread that ended without a report: the reason comes from joining it.
 pub(super) const SILENT: Status = Status::Internal;
 
-type GlommioShard = Shard<Glommio, DirStore<Glommio>>;
+type GlommioStore = AnyStore<Glommio, GlommioHttp>;
+type GlommioShard = Shard<Glommio, GlommioStore>;
 
 /// What a shard's thread takes with it.
 pub(super) struct ShardSeed {
@@ -33,7 +35,9 @@ pub(super) struct ShardSeed {
     pub(super) idle_poll: Duration,
     pub(super) journal_dir: PathBuf,
     pub(super) epoch: u64,
-    pub(super) object_store: ObjectStoreUrl,
+    pub(super) object_store: StoreChoice,
+    /// The node has volumes to serve, with or without its object store.
+    pub(super) has_volumes: bool,
     pub(super) config: ShardConfig,
     pub(super) volumes: Vec<VolumeState>,
     pub(super) mesh: Mesh,
@@ -113,11 +117,14 @@ impl Stages {
 }
 
 async fn run(seed: ShardSeed, stages: Stages) -> Result<()> {
-    let ShardSeed { journal_dir, epoch, object_store, config, volumes, mesh, commands, listener, .. } = seed;
+    let ShardSeed { journal_dir, epoch, object_store, has_volumes, config, volumes, mesh, commands, listener, .. } =
+        seed;
     let shard = config.shard;
     let platform = platform()?;
-    let prepared = prepare(&platform, &journal_dir, epoch, shard, &object_store, &volumes, listener).await;
-    let Some(Prepared { objects, journal, acceptor, socket }) = stages.check(prepared) else { return Ok(()) };
+    let opened = open_store(&platform, object_store, has_volumes).await;
+    let Some(objects) = stages.check(opened) else { return Ok(()) };
+    let prepared = prepare(&platform, &journal_dir, epoch, shard, &volumes, listener).await;
+    let Some(Prepared { journal, acceptor, socket }) = stages.check(prepared) else { return Ok(()) };
     let mut end = Ok(());
     if stages.passed().await {
         let started = Shard::start(platform.clone(), objects, journal, config, volumes, mesh, commands).await;
@@ -133,7 +140,6 @@ async fn run(seed: ShardSeed, stages: Stages) -> Result<()> {
 }
 
 struct Prepared {
-    objects: DirStore<Glommio>,
     journal: Journal<Glommio>,
     acceptor: Acceptor,
     socket: Option<PathBuf>,
@@ -145,15 +151,29 @@ async fn prepare(
     journal_dir: &std::path::Path,
     epoch: u64,
     shard: usize,
-    object_store: &ObjectStoreUrl,
     volumes: &[VolumeState],
     listener: Bound,
 ) -> Result<Prepared> {
-    let ObjectStoreUrl::File(root) = object_store;
-    let objects = DirStore::open(platform.clone(), root.clone()).await.map_err(no_object_store)?;
     let journal = Journal::create(platform, journal_dir, epoch, shard, volumes.iter().cloned()).await?;
     let (acceptor, socket) = listener.into_acceptor()?;
-    Ok(Prepared { objects, journal, acceptor, socket })
+    Ok(Prepared { journal, acceptor, socket })
+}
+
+/// The object store, asked once whether it lets us in. A node with volumes starts without one that is out of reach for
+/// now: what is resident can be served, and the rest once it is back.
+async fn open_store(platform: &Glommio, choice: StoreChoice, has_volumes: bool) -> Result<GlommioStore> {
+    let http = || {
+        let (ca_file, connections_max) = choice.http_settings();
+        GlommioHttp::new(platform.clone(), ca_file, connections_max)
+    };
+    let unchecked = choice.store(platform, http, RequestPolicy::SHARD).map_err(no_object_store)?;
+    match unchecked.check().await {
+        Err(ObjectError::Retry(why) | ObjectError::SlowDown(why)) if has_volumes => {
+            tracing::error!("starting without the object store: {why}");
+            Ok(unchecked)
+        }
+        checked => checked.map(|()| unchecked).map_err(no_object_store),
+    }
 }
 
 fn no_object_store(error: ObjectError) -> Error {

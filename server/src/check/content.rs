@@ -10,23 +10,22 @@ use std::sync::Arc;
 use futures::executor::block_on;
 
 use super::extents::has_data;
-use crate::object_store::dir::DirStore;
-use crate::object_store::{ObjectError, ObjectStoreUrl};
+use crate::object_store::ObjectError;
+use crate::object_store::any::StoreChoice;
 use crate::parallel::{self, Parallel};
-use crate::platform::blocking::Blocking;
+use crate::platform::blocking::{self, ToolStore};
 use crate::snapshot::{ChunkEntry, Manifest, catalog, is_zero};
 use crate::types::{SnapshotRef, VolumeSpec};
 
 /// The snapshots of an object store, each read once.
 pub(super) struct Snapshots {
-    store: DirStore<Blocking>,
+    store: ToolStore,
     loaded: HashMap<u128, Result<Arc<Manifest>, String>>,
 }
 
 impl Snapshots {
-    pub(super) fn open(url: &ObjectStoreUrl) -> Result<Snapshots, ObjectError> {
-        let ObjectStoreUrl::File(root) = url;
-        let store = block_on(DirStore::open(Blocking, root.clone()))?;
+    pub(super) fn open(choice: &StoreChoice) -> Result<Snapshots, ObjectError> {
+        let store = blocking::open_store(choice)?;
         Ok(Snapshots { store, loaded: HashMap::new() })
     }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Config, StoreConfig};
+use crate::object_store::s3::S3Config;
 use crate::types::HydrationRate;
 use crate::units::ByteSize;
 
@@ -21,6 +22,7 @@ pub(super) fn to_toml(config: &Config) -> String {
         transfer,
         deadlines,
         retries,
+        s3,
         stores,
     } = config;
     let object_store = match object_store {
@@ -42,7 +44,7 @@ pub(super) fn to_toml(config: &Config) -> String {
 # Identity, journals and, unless [[store]] says otherwise, volumes of this node.
 data = {data}
 
-# Where snapshots live: file:DIR. Must be given here, as --object-store or as VOLLEY_OBJECT_STORE.
+# Where snapshots live: file:DIR or s3://BUCKET/PREFIX. Must be given here, as --object-store or as VOLLEY_OBJECT_STORE.
 {object_store}
 
 # Data port of shard 0: host:port or unix:PATH. Shard k listens on port + k, or on PATH.k. Port 0 picks free ports.
@@ -130,6 +132,7 @@ corrupt_attempts = {corrupt_attempts}
         backoff_max = retries.backoff_max,
         corrupt_attempts = retries.corrupt_attempts,
     );
+    push_s3(&mut out, s3);
     out.push_str(STORES_COMMENT);
     if stores.is_empty() {
         out.push_str(STORE_EXAMPLE);
@@ -138,6 +141,56 @@ corrupt_attempts = {corrupt_attempts}
         push_store(&mut out, store);
     }
     out
+}
+
+fn push_s3(out: &mut String, s3: &S3Config) {
+    let S3Config {
+        endpoint,
+        region,
+        addressing,
+        ca_file,
+        anonymous,
+        profile,
+        connect_timeout,
+        read_timeout,
+        connections_max,
+        conditional_put,
+    } = s3;
+    let optional = |key: &str, value: Option<&str>, example: &str| match value {
+        Some(value) => format!("{key} = {}", text(value)),
+        None => format!("# {key} = {}", text(example)),
+    };
+    let _ = write!(
+        out,
+        r#"
+[s3]
+# How to reach s3://BUCKET/PREFIX (docs/object-store.md). What is not given here comes from the standard environment
+# (AWS_ENDPOINT_URL, AWS_REGION, AWS_CA_BUNDLE, AWS_PROFILE, ...) and the shared profile files; so do the credentials.
+{endpoint}
+{region}
+# "path" (endpoint/bucket/key), "virtual" (bucket.endpoint/key), or "auto": virtual for AWS, path elsewhere.
+addressing = {addressing}
+# PEM file with the only certificate authorities to trust, instead of those of the Mozilla programme.
+{ca_file}
+# Sign nothing: for public buckets.
+anonymous = {anonymous}
+{profile}
+# For a connection, with its name look-up and TLS; and the longest silence of the store in the middle of a request.
+connect_timeout = "{connect_timeout}"
+read_timeout = "{read_timeout}"
+# Connections of one shard.
+connections_max = {connections_max}
+# "auto": by If-None-Match, with a look before the put where the store lacks it. "off": always look before the put.
+conditional_put = {conditional_put}
+"#,
+        endpoint = optional("endpoint", endpoint.as_deref(), "https://s3.eu-central-1.amazonaws.com"),
+        region = optional("region", region.as_deref(), "eu-central-1"),
+        addressing = text(addressing.as_str()),
+        ca_file =
+            optional("ca_file", ca_file.as_ref().and_then(|path| path.to_str()), "/etc/ssl/certs/ca-certificates.crt"),
+        profile = optional("profile", profile.as_deref(), "default"),
+        conditional_put = text(conditional_put.as_str()),
+    );
 }
 
 const STORES_COMMENT: &str = "

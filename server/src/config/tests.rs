@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // Tests run outside of any shard.
 
 use super::*;
+use crate::object_store::s3::{Addressing, ConditionalPut, S3Config};
 
 fn parse_error(text: &str) -> String {
     Config::parse(text).map(|_| ()).expect_err("must be refused").to_string()
@@ -59,6 +60,18 @@ fn printing_covers_every_key() {
             backoff_max: Span(Duration::from_millis(2)),
             corrupt_attempts: 9,
         },
+        s3: S3Config {
+            endpoint: Some("https://s3.example".to_string()),
+            region: Some("eu-1".to_string()),
+            addressing: Addressing::Virtual,
+            ca_file: Some(PathBuf::from("/etc/ca.pem")),
+            anonymous: true,
+            profile: Some("p".to_string()),
+            connect_timeout: Span(Duration::from_secs(2)),
+            read_timeout: Span(Duration::from_secs(3)),
+            connections_max: 7,
+            conditional_put: ConditionalPut::Off,
+        },
         stores: vec![store("a"), store("b")],
     };
     assert_eq!(Config::parse(&config.to_toml()), Ok(config));
@@ -70,6 +83,7 @@ fn unknown_keys_are_refused_by_name_in_one_line() {
         ("cors = 4", "cors"),
         ("cores = 1\n[cache]\nram = \"1GiB\"", "ram"),
         ("[hydration]\nspeed = 1", "speed"),
+        ("[s3]\nsecret_key = \"x\"", "secret_key"),
         ("[deadlines]\nguest_reed = \"1s\"", "guest_reed"),
         ("[[store]]\nlabel = \"a\"\npath = \"/a\"\nsize = 1", "size"),
     ] {

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{ObjectBytes, ObjectError, ObjectMeta, ObjectStore};
+use super::{ObjectBytes, ObjectError, ObjectMeta, ObjectStore, check_key};
 use crate::platform::{File, OpenMode, Platform};
 
 /// Direct I/O moves whole blocks of this size.
@@ -20,7 +20,6 @@ const BLOCK_BYTES: u64 = 4096;
 const GET_BYTES_MAX: u64 = 2 << 30;
 /// One write call: what the seam splits at anyway, so that a large object is not copied at once.
 const WRITE_BYTES: usize = 1 << 20;
-const KEY_BYTES_MAX: usize = 512;
 /// No key component starts with a dot, so nothing under this directory is an object.
 const TMP_DIR: &str = ".tmp";
 
@@ -37,9 +36,23 @@ impl<P: Platform> DirStore<P> {
     /// # Errors
     /// `Fatal` if `root` is not a directory that can be listed.
     pub async fn open(platform: P, root: impl Into<PathBuf>) -> Result<DirStore<P>, ObjectError> {
+        let store = DirStore::at(platform, root);
+        store.check().await.map(|()| store)
+    }
+
+    /// A store in `root`, which may not be there: see [`DirStore::check`].
+    #[must_use]
+    pub fn at(platform: P, root: impl Into<PathBuf>) -> DirStore<P> {
         let root: PathBuf = root.into();
-        match platform.list_dir(&root).await {
-            Ok(_) => Ok(DirStore { platform, root: root.into() }),
+        DirStore { platform, root: root.into() }
+    }
+
+    /// # Errors
+    /// `Fatal` if the root is not a directory that can be listed.
+    pub async fn check(&self) -> Result<(), ObjectError> {
+        let root = &self.root;
+        match self.platform.list_dir(root).await {
+            Ok(_) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Err(ObjectError::Fatal(format!(
                 "object store directory {} does not exist: create it or correct the URL",
                 root.display()
@@ -211,17 +224,6 @@ impl<P: Platform> ObjectStore for DirStore<P> {
         }
         self.sync_parent(&path).await.map_err(|e| classify(key, &e))
     }
-}
-
-/// Checks that a key is a `/`-separated path of `[A-Za-z0-9._-]` components that don't start with a dot.
-fn check_key(key: &str) -> Result<(), ObjectError> {
-    let component = |c: &str| {
-        !c.is_empty() && !c.starts_with('.') && c.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-    };
-    if key.len() > KEY_BYTES_MAX || !key.split('/').all(component) {
-        return Err(ObjectError::Fatal(format!("{key:?} is not an object key")));
-    }
-    Ok(())
 }
 
 async fn read_open<F: File>(file: &F, key: &str, range: Option<Range<u64>>) -> Result<ObjectBytes, ObjectError>

@@ -4,6 +4,8 @@
 //! [`Platform::spawn`] runs the task to its end before it returns. The page cache is used, as tools share no memory with guests.
 #![allow(clippy::disallowed_methods)] // This is one of the implementations the seam hides.
 
+mod http;
+
 use std::fs::{self, OpenOptions};
 use std::future::Future;
 use std::io;
@@ -16,6 +18,24 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{DirEntry, File, OpenMode, Platform, Queue, SpaceInfo, Time};
+use crate::object_store::ObjectError;
+use crate::object_store::any::{AnyStore, StoreChoice};
+use crate::object_store::s3::RequestPolicy;
+pub use http::BlockingHttp;
+
+/// An object store as tools use it.
+pub type ToolStore = AnyStore<Blocking, BlockingHttp>;
+
+/// The object store, asked once whether it is there, lets us in, and is ours.
+///
+/// # Errors
+/// One line that says where, why and what to do.
+pub fn open_store(choice: &StoreChoice) -> Result<ToolStore, ObjectError> {
+    let http = || BlockingHttp::new(choice.http_settings().0);
+    let store = choice.store(&Blocking, http, RequestPolicy::TOOL)?;
+    futures::executor::block_on(store.check())?;
+    Ok(store)
+}
 
 /// Blocking std I/O behind the platform seam.
 #[derive(Clone, Copy, Debug, Default)]

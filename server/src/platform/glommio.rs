@@ -6,6 +6,7 @@
 #![allow(clippy::disallowed_methods)] // This is the seam: the one place that may touch std time, files and glommio.
 
 mod file;
+mod http;
 mod net;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use glommio::io::OpenOptions;
 use glommio::{GlommioError, Latency, Shares, TaskQueueHandle};
 
 pub use self::file::{GlommioFile, ReadBytes, WriteBytes};
+pub use self::http::GlommioHttp;
 pub use self::net::{Acceptor, GlommioConnection, StreamReader, StreamWriter};
 use crate::platform::{DirEntry, OpenMode, Platform, Queue, SpaceInfo, Time};
 

@@ -136,9 +136,8 @@ async fn remove_unreferenced<S: ObjectStore>(
             let kept = Collected { packs_kept: packs, bytes_kept: bytes, ..Collected::default() };
             return Ok(Collected { imports_open: open_before, ..kept });
         }
-        for pack in garbage {
-            store.delete(&pack.key).await?;
-        }
+        let keys: Vec<&str> = garbage.iter().map(|pack| pack.key.as_str()).collect();
+        store.delete_all(&keys).await?;
         return Ok(Collected { packs_removed: packs, bytes_removed: bytes, ..Collected::default() });
     }
     Err(CatalogError::Busy)

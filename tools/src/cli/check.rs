@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use volley_server::check::{self, CheckError, Options, Report, Severity};
 use volley_server::datadir::DataDirError;
 
-use super::{CliError, CliResult, Globals, main_exit, print_json, print_line};
+use super::{CliError, CliResult, Globals, main_exit, objects, print_json, print_line};
 
 const FINDINGS: u8 = 1;
 const NOT_CHECKED: u8 = 2;
@@ -44,8 +44,7 @@ pub fn run(globals: &Globals, args: CheckArgs) -> ExitCode {
 
 fn checked(globals: &Globals, args: CheckArgs) -> CliResult<Report> {
     let CheckArgs { dir, stores, quick } = args;
-    let object_store = globals.object_store.as_ref().map(|url| url.parse()).transpose();
-    let object_store = object_store.map_err(|why: String| CliError::new("invalid", why))?;
+    let object_store = globals.object_store.as_ref().map(|_| objects::chosen(globals)).transpose()?;
     check::check(&dir, &Options { stores, object_store, quick }).map_err(|error| {
         let code = match &error {
             CheckError::DataDir(DataDirError::Locked { .. }) => "conflict",

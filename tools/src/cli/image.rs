@@ -7,13 +7,11 @@ use clap::{Args, Subcommand};
 use futures::executor::block_on;
 use serde_json::{Value, json};
 use volley_server::import::{self, ImageFormat, ImportError, ImportOptions, ImportReport};
-use volley_server::object_store::dir::DirStore;
-use volley_server::object_store::{ObjectError, ObjectStoreUrl};
-use volley_server::platform::blocking::Blocking;
+use volley_server::platform::blocking::ToolStore;
 use volley_server::snapshot::catalog::{self, Collected};
 use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, read};
 
-use super::{CliError, CliResult, Globals, Table, print_json, print_line};
+use super::{CliError, CliResult, Globals, Table, objects, print_json, print_line};
 use crate::units::{format_duration, format_size, parse_size};
 use progress::Progress;
 
@@ -24,6 +22,10 @@ mod progress;
 const PARALLEL_MAX: i64 = 256;
 /// Damaged chunks named one by one; the rest are counted.
 const BAD_CHUNKS_SHOWN: usize = 20;
+
+/// What the server logs of such a store, in the words of an import.
+const WEAKER_STORE: &str = "the object store does not honour If-None-Match: do not import under one name from two \
+                            machines at the same moment";
 
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
@@ -109,13 +111,13 @@ pub fn run(globals: &Globals, command: ImageCommand) -> CliResult {
         ImageCommand::Show { name } => show(globals, &name),
         ImageCommand::Verify { name, parallel } => verify(globals, &name, &parallel),
         ImageCommand::Export { name, out, force, parallel } => {
-            let store = existing_store(globals)?;
+            let store = objects::open(globals)?;
             let manifest = block_on(catalog::load(&store, &name))?;
             export::run(globals, &store, &manifest, &out, force, parallel.threads())
         }
         ImageCommand::Delete { name } => delete(globals, &name),
         ImageCommand::Gc { incomplete } => {
-            let collected = block_on(catalog::collect(&existing_store(globals)?, incomplete.as_deref()))?;
+            let collected = block_on(catalog::collect(&objects::open(globals)?, incomplete.as_deref()))?;
             report_collected(globals, &collected, "")
         }
     }
@@ -126,8 +128,7 @@ fn import(globals: &Globals, args: ImportArgs) -> CliResult {
     if let Err(e) = std::fs::metadata(&args.image) {
         return Err(CliError::new("invalid", format!("image {}: {e}", args.image.display())));
     }
-    let ObjectStoreUrl::File(path) = store_url(globals)?;
-    let store = block_on(DirStore::create(Blocking, path))?;
+    let store = objects::open_or_create(globals)?;
     let options = ImportOptions {
         image: args.image,
         name: args.name,
@@ -136,7 +137,10 @@ fn import(globals: &Globals, args: ImportArgs) -> CliResult {
         threads: args.parallel.threads(),
     };
     let progress = Progress::start("import", globals.json);
-    let report = import::import(&store, &options, |done, total| progress.update(done, total))?;
+    let mut report = import::import(&store, &options, |done, total| progress.update(done, total))?;
+    if matches!(&store, ToolStore::S3(s3) if s3.honours_conditional_put() == Some(false)) {
+        report.notes.push(WEAKER_STORE.to_owned());
+    }
     progress.finish();
     if globals.json { print_json(&report) } else { print_line(&import_text(&report)) }
 }
@@ -171,7 +175,7 @@ fn import_text(report: &ImportReport) -> String {
 }
 
 fn list(globals: &Globals) -> CliResult {
-    let store = existing_store(globals)?;
+    let store = objects::open(globals)?;
     let mut summaries = Vec::new();
     let mut damaged = None;
     for name in block_on(catalog::names(&store))? {
@@ -197,7 +201,7 @@ fn list(globals: &Globals) -> CliResult {
 }
 
 fn show(globals: &Globals, name: &str) -> CliResult {
-    let manifest = block_on(catalog::load(&existing_store(globals)?, name))?;
+    let manifest = block_on(catalog::load(&objects::open(globals)?, name))?;
     let summary = Summary::of(&manifest);
     if globals.json {
         return print_json(&summary.json());
@@ -217,7 +221,7 @@ fn show(globals: &Globals, name: &str) -> CliResult {
 }
 
 fn verify(globals: &Globals, name: &str, parallel: &ParallelArgs) -> CliResult {
-    let store = existing_store(globals)?;
+    let store = objects::open(globals)?;
     let manifest = block_on(catalog::load(&store, name))?;
     let progress = Progress::start("verify", globals.json);
     let verified = read::verify(&store, &manifest, parallel.threads(), |done, total| progress.update(done, total))?;
@@ -242,7 +246,7 @@ fn verify(globals: &Globals, name: &str, parallel: &ParallelArgs) -> CliResult {
 }
 
 fn delete(globals: &Globals, name: &str) -> CliResult {
-    let collected = match block_on(catalog::delete(&existing_store(globals)?, name)) {
+    let collected = match block_on(catalog::delete(&objects::open(globals)?, name)) {
         Ok(collected) => collected,
         // The snapshot is gone: that its packs could not be told from garbage is not a failure to delete it.
         Err(e @ (CatalogError::Unreadable(_) | CatalogError::Busy)) => {
@@ -339,23 +343,6 @@ fn parse_chunk_size(text: &str) -> Result<u32, String> {
     let small = u32::try_from(bytes).map_err(|_| format!("{text:?} is more than 4 MiB"))?;
     // A device of one block: only the chunk size can be wrong.
     volley_server::snapshot::manifest::check_geometry(512, small).map(|()| small)
-}
-
-fn store_url(globals: &Globals) -> CliResult<ObjectStoreUrl> {
-    let missing = "no object store: give --object-store file:DIR or set VOLLEY_OBJECT_STORE";
-    let url = globals.object_store.as_deref().ok_or_else(|| CliError::new("invalid", missing))?;
-    url.parse().map_err(|e: String| CliError::new("invalid", e))
-}
-
-fn existing_store(globals: &Globals) -> CliResult<DirStore<Blocking>> {
-    let ObjectStoreUrl::File(path) = store_url(globals)?;
-    Ok(block_on(DirStore::open(Blocking, path))?)
-}
-
-impl From<ObjectError> for CliError {
-    fn from(e: ObjectError) -> CliError {
-        CliError::new("object_store", e.to_string())
-    }
 }
 
 impl From<CatalogError> for CliError {

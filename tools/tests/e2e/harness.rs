@@ -37,6 +37,8 @@ pub(crate) struct NodeOptions {
     pub(crate) default_rate: &'static str,
     /// Folder of the node's data; `None` is the site's own.
     pub(crate) data: Option<PathBuf>,
+    /// URL of the object store; `None` is the site's directory.
+    pub(crate) object_store: Option<String>,
     /// Data port; `None` is the site's unix socket.
     pub(crate) listen: Option<String>,
     /// Process in whose mount namespace the server runs (root only).
@@ -45,7 +47,15 @@ pub(crate) struct NodeOptions {
 
 impl Default for NodeOptions {
     fn default() -> NodeOptions {
-        NodeOptions { cores: 2, config: String::new(), default_rate: "none", data: None, listen: None, namespace: None }
+        NodeOptions {
+            cores: 2,
+            config: String::new(),
+            default_rate: "none",
+            data: None,
+            object_store: None,
+            listen: None,
+            namespace: None,
+        }
     }
 }
 
@@ -117,7 +127,7 @@ impl Site {
         let mut args: Vec<String> = vec![volleyd().display().to_string()];
         args.extend(["--config".into(), config.display().to_string()]);
         args.extend(["--data".into(), data.display().to_string()]);
-        args.extend(["--object-store".into(), self.objects_url()]);
+        args.extend(["--object-store".into(), options.object_store.clone().unwrap_or_else(|| self.objects_url())]);
         args.extend(["--listen".into(), options.listen.clone().unwrap_or_else(|| self.data_address())]);
         args.extend(["--http".into(), "127.0.0.1:0".into()]);
         args.extend(["--cores".into(), options.cores.to_string()]);
@@ -135,7 +145,12 @@ impl Site {
 
     /// Starts a node and waits until it says that it is ready.
     pub(crate) fn start(&self, options: &NodeOptions) -> Node {
-        let mut process = Process::spawn("volleyd", self.node_command(options));
+        Site::start_command(self.node_command(options))
+    }
+
+    /// Like [`Site::start`], of a command line with an environment of its own.
+    pub(crate) fn start_command(command: Command) -> Node {
+        let mut process = Process::spawn("volleyd", command);
         let ready = process.wait_line(START_TIMEOUT, |line| line.starts_with("volleyd: ready"));
         Node { http: word_after(&ready, "http"), data: word_after(&ready, "data"), process }
     }

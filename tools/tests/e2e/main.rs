@@ -17,4 +17,5 @@ mod images;
 mod ledger;
 mod lifecycle;
 mod recovery;
+mod s3;
 mod torture;
