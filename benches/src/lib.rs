@@ -2,6 +2,7 @@
 
 pub mod figure;
 pub mod mix;
+pub mod origin;
 pub mod policies;
 pub mod process;
 
