@@ -98,12 +98,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let created: Vec<Result<()>> = files.collect().await;
         let mut result: Result<()> = created.into_iter().collect();
         if result.is_ok() {
-            result = self.commit_volumes(&volumes).await;
+            result = self.sync_names(&volumes).await;
         }
         if result.is_err() {
-            for volume in &volumes {
-                drop(volume.remove_file().await);
-            }
+            // The journal knows nothing of them.
+            remove_files(&volumes).await;
+        } else {
+            result = self.commit_volumes(&volumes).await;
         }
         for volume in volumes {
             self.0.creating.borrow_mut().retain(|creating| creating.spec.id != volume.spec.id);
@@ -136,7 +137,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     /// Directory entries first, then the journal: a volume the journal knows has its file.
-    async fn commit_volumes(&self, volumes: &[Rc<Volume<P>>]) -> Result<()> {
+    async fn sync_names(&self, volumes: &[Rc<Volume<P>>]) -> Result<()> {
         let mut stores: Vec<usize> = volumes.iter().map(|volume| volume.store).collect();
         stores.sort_unstable();
         stores.dedup();
@@ -144,7 +145,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.sync_store(store).await?;
         }
         // What follows, and its undoing, is bounded by the largest request.
-        self.0.journal.admit().await?;
+        self.0.journal.admit().await
+    }
+
+    async fn commit_volumes(&self, volumes: &[Rc<Volume<P>>]) -> Result<()> {
         let mut last = None;
         self.0.creating.borrow_mut().extend(volumes.iter().cloned());
         for volume in volumes {
@@ -156,12 +160,25 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let Some(lsn) = last else { return Ok(()) };
         let committed = self.0.journal.commit(lsn).await;
         if committed.is_err() {
-            // The records stay in the journal's buffer and may become durable yet: they must not create anything.
-            for volume in volumes {
-                self.0.journal.append(&Record::Deleted(volume.spec.id));
-            }
+            self.take_back(volumes.to_vec());
         }
         committed
+    }
+
+    /// The records of a creation that failed stay in the journal's buffer, or are on the disk already: they must not create
+    /// anything. Until the deletion is durable a restart may find the volumes, and then with their files.
+    fn take_back(&self, volumes: Vec<Rc<Volume<P>>>) {
+        let mut last = None;
+        for volume in &volumes {
+            last = Some(self.0.journal.append(&Record::Deleted(volume.spec.id)));
+        }
+        let Some(lsn) = last else { return };
+        let shard = self.clone();
+        self.0.platform.spawn(Queue::Background, async move {
+            if shard.0.journal.commit(lsn).await.is_ok() {
+                remove_files(&volumes).await;
+            }
+        });
     }
 
     /// Makes names of volume files durable.
@@ -335,5 +352,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let message = format!("volume {:?}: no volume store {:?} is configured", &*spec.name, &*spec.store);
             Error::new(Status::Invalid, message)
         })
+    }
+}
+
+/// Removes files of volumes that do not exist; one that stays behind is named by the next start.
+async fn remove_files<P: Platform>(volumes: &[Rc<Volume<P>>]) {
+    for volume in volumes {
+        drop(volume.remove_file().await);
     }
 }

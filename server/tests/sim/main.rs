@@ -25,7 +25,7 @@ use volley_server::platform::glommio::kernel_random_u64;
 
 /// Seeds beyond the fixed ones that found bugs once: checkpoints without what was appended before them, a file without
 /// its length, a deletion half undone.
-const REGRESSIONS: [u64; 5] = [101, 114, 173, 186, 193];
+const REGRESSIONS: [u64; 6] = [101, 114, 173, 186, 193, 169_878_677_590_276];
 /// How long fresh seeds run where nobody says.
 const FRESH_SECONDS: u64 = 5;
 /// Fresh seeds tell how far they are so often.

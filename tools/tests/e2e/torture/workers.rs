@@ -76,6 +76,9 @@ struct Worker {
     number: u64,
     of: u64,
     guest: Option<NbdGuest>,
+    /// Agents that had been killed when the guest connected: one more explains the end of its connection, also if that is
+    /// noticed only by the next request.
+    agents_killed: u64,
 }
 
 impl Workers {
@@ -88,7 +91,7 @@ impl Workers {
             let rng = Random::new(seed ^ (number + 1) << 32);
             std::thread::spawn(move || {
                 let model = Model::new(place.image.clone());
-                let mut worker = Worker { place, model, rng, number, of, guest: None };
+                let mut worker = Worker { place, model, rng, number, of, guest: None, agents_killed: 0 };
                 worker.connect();
                 connected.send(()).expect("the test waits");
                 while !stop.load(Ordering::SeqCst) {
@@ -170,7 +173,7 @@ impl Worker {
         request: impl FnOnce(&mut NbdGuest) -> Result<T, Failure>,
     ) -> (Result<T, String>, bool) {
         let begun = Instant::now();
-        let agents_killed = self.place.agents_killed.load(Ordering::SeqCst);
+        let agents_killed = self.agents_killed;
         match request(self.guest.as_mut().expect("connected")) {
             Ok(answer) => {
                 self.place.answered.fetch_add(1, Ordering::SeqCst);
@@ -292,6 +295,7 @@ impl Worker {
     fn connect(&mut self) {
         let end = Instant::now() + RECONNECT_MAX;
         while self.guest.is_none() {
+            self.agents_killed = self.place.agents_killed.load(Ordering::SeqCst);
             match NbdGuest::connect(&self.place.socket, &self.place.export) {
                 Ok(guest) => self.guest = Some(guest),
                 Err(error) => {
