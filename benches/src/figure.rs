@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::path::Path;
+use std::process::ExitCode;
 
 use serde::Serialize;
 
@@ -71,11 +72,23 @@ fn spread(values: &[f64]) -> (f64, f64) {
     values.iter().fold((f64::INFINITY, f64::NEG_INFINITY), ends)
 }
 
+/// The end of a benchmark: its report, or one line that says why there is none.
+#[must_use]
+pub fn conclude(bench: &str, measured: Result<Vec<Figure>, String>, json: Option<&Path>) -> ExitCode {
+    match measured.and_then(|figures| report(&figures, json).map_err(|e| e.to_string())) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("tools/bench {bench}: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Prints the figures as a table, and as a JSON array of objects into a file where one is named.
 ///
 /// # Errors
 /// As writing the file or stdout.
-pub fn report(figures: &[Figure], json: Option<&Path>) -> io::Result<()> {
+fn report(figures: &[Figure], json: Option<&Path>) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(
         out,

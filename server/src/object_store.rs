@@ -32,6 +32,14 @@ pub enum ObjectError {
     Fatal(String),
 }
 
+impl ObjectError {
+    /// Whether the same request may succeed later.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, ObjectError::Retry(_) | ObjectError::SlowDown(_))
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectMeta {
     pub key: String,

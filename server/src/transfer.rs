@@ -214,8 +214,9 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
 
     fn cached(&self, source: &ChunkSource, class: FetchClass) -> Option<ChunkData> {
         let data = self.0.cache.borrow_mut().get(&source.digest, tiers::rank_of(class))?;
-        self.account(&source.origin).ram_bytes.add(u64::from(source.chunk_len));
-        self.account(&source.origin).saved_bytes.add(u64::from(source.stored_len));
+        let account = self.account(&source.origin);
+        account.ram_bytes.add(u64::from(source.chunk_len));
+        account.saved_bytes.add(u64::from(source.stored_len));
         Some(data)
     }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use tokio::time::{Instant, sleep_until};
-use volley_benches::figure::{Figure, report};
+use volley_benches::figure::{Figure, conclude};
 use volley_benches::origin::{Manners, Origin};
 use volley_benches::process::{Result, Server, machine, run, sibling};
 use volley_tools::load::histogram::Histogram;
@@ -59,13 +59,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match measure(&args).and_then(|figures| report(&figures, args.json.as_deref()).map_err(|e| e.to_string())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            eprintln!("tools/bench article: {message}");
-            ExitCode::FAILURE
-        }
-    }
+    conclude("article", measure(&args), args.json.as_deref())
 }
 
 /// What one wave cost.

@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use clap::Parser;
-use volley_benches::figure::{Figure, Pair, report};
+use volley_benches::figure::{Figure, Pair, conclude};
 use volley_benches::process::{Result, Server, machine, run, sibling, timed};
 
 /// More than the cache holds, so that the node has all the memory it will have.
@@ -44,13 +44,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match measure(&args).and_then(|figures| report(&figures, args.json.as_deref()).map_err(|e| e.to_string())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            eprintln!("tools/bench basics: {message}");
-            ExitCode::FAILURE
-        }
-    }
+    conclude("basics", measure(&args), args.json.as_deref())
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {

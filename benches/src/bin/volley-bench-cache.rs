@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use glommio::{LocalExecutorBuilder, Placement};
-use volley_benches::figure::{Figure, report};
+use volley_benches::figure::{Figure, conclude};
 use volley_benches::mix::{Mix, boot_chunks, first_touches, requests};
 use volley_benches::policies::{ALL, Access, New};
 use volley_server::cache::disk::files::{index_name, slots_name};
@@ -61,13 +61,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let compared = || boot_chunks(BOOT_TRACE).map(|boot| first_touches(&boot)).map(|boot| compare(&args, &boot));
     let made = args.restart.map_or_else(compared, |slots| restart(&args, slots));
-    match made.and_then(|figures| report(&figures, args.json.as_deref()).map_err(|e| e.to_string())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            eprintln!("tools/bench cache: {message}");
-            ExitCode::FAILURE
-        }
-    }
+    conclude("cache", made, args.json.as_deref())
 }
 
 fn compare(args: &Args, boot: &[u32]) -> Vec<Figure> {

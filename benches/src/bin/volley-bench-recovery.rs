@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use glommio::{LocalExecutorBuilder, Placement};
-use volley_benches::figure::{Figure, Pair, report};
+use volley_benches::figure::{Figure, Pair, conclude};
 use volley_benches::process::{Result, Server, run, sibling};
 use volley_server::bootstrap::JOURNAL_DIR;
 use volley_server::config::{Bandwidth, StoreConfig};
@@ -47,13 +47,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match measure(&args).and_then(|figures| report(&figures, args.json.as_deref()).map_err(|e| e.to_string())) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            eprintln!("tools/bench recovery: {message}");
-            ExitCode::FAILURE
-        }
-    }
+    conclude("recovery", measure(&args), args.json.as_deref())
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {

@@ -69,9 +69,7 @@ impl<P: Platform, O: ObjectStore> Manifests<P, O> {
                 ObjectError::Corrupt(_) => Status::Corrupt,
                 _ => Status::ObjectStore,
             };
-            if !matches!(error, ObjectError::Retry(_) | ObjectError::SlowDown(_))
-                || self.platform.now().after(pause) >= deadline
-            {
+            if !error.may_pass() || self.platform.now().after(pause) >= deadline {
                 return Err(Error::new(status, format!("snapshot {name:?}: {error}")));
             }
             self.platform.sleep(pause).await;

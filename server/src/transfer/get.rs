@@ -24,8 +24,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
                 Err(error) => error,
             };
             let wait = self.jittered(backoff);
-            let may_pass = matches!(error, ObjectError::Retry(_) | ObjectError::SlowDown(_));
-            if !may_pass || self.0.platform.now().after(wait) >= deadline {
+            if !error.may_pass() || self.0.platform.now().after(wait) >= deadline {
                 return Err(Error::new(status_of(&error), format!("object store: {error}")));
             }
             self.0.counters.object_retries.add(1);
