@@ -89,6 +89,14 @@ impl Origin {
         *self.shared.manners.lock().expect("nobody panics holding it") = manners;
     }
 
+    /// URLs of all packs.
+    #[must_use]
+    pub fn packs(&self) -> Vec<String> {
+        let objects = self.shared.objects.lock().expect("nobody panics holding it");
+        let packs = objects.keys().filter(|key| key.contains("/packs/"));
+        packs.map(|key| format!("{}/{key}", self.endpoint())).collect()
+    }
+
     /// GETs of packs and bytes sent for them since the last call.
     #[must_use]
     pub fn take_counts(&self) -> (u64, u64) {

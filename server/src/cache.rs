@@ -11,12 +11,13 @@ pub mod slots;
 
 use std::sync::Arc;
 
+use crate::platform::AlignedBytes;
 use crate::transfer::Digest;
 pub use s3fifo::Rank;
 use s3fifo::S3Fifo;
 
 /// A verified chunk, shared between shards by reference count.
-pub type ChunkData = Arc<Vec<u8>>;
+pub type ChunkData = Arc<AlignedBytes>;
 
 /// What a tier holds and what it did since the shard started; part of `GET /v1/cache`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -184,15 +185,17 @@ impl ChunkCache {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use super::{ChunkCache, ChunkData, Rank};
 
-    use super::{ChunkCache, Rank};
+    fn chunk(bytes: &[u8]) -> ChunkData {
+        ChunkData::new(bytes.into())
+    }
 
     #[test]
     fn stays_in_budget_and_returns_what_was_put() {
         let mut cache = ChunkCache::new(1000);
         for key in 0..100_u8 {
-            let data = Arc::new(vec![key; 40 + usize::from(key)]);
+            let data = chunk(&vec![key; 40 + usize::from(key)]);
             cache.insert([key; 32], data.clone(), Rank::Normal);
             assert_eq!(cache.get(&[key; 32], Rank::Low), Some(data), "the newest is there");
             assert_eq!(cache.check(), Ok(()));
@@ -205,9 +208,9 @@ mod tests {
     #[test]
     fn larger_than_the_budget_is_not_kept_and_what_is_dropped_is_gone() {
         let mut cache = ChunkCache::new(10);
-        cache.insert([1; 32], Arc::new(vec![0; 11]), Rank::Normal);
+        cache.insert([1; 32], chunk(&[0; 11]), Rank::Normal);
         assert_eq!(cache.used_bytes(), 0);
-        cache.insert([2; 32], Arc::new(vec![0; 5]), Rank::Low);
+        cache.insert([2; 32], chunk(&[0; 5]), Rank::Low);
         assert!(cache.pin(&[2; 32]) && cache.remove(&[2; 32]) && !cache.remove(&[2; 32]));
         assert_eq!((cache.status().pinned_bytes, cache.get(&[2; 32], Rank::Low)), (0, None));
     }

@@ -6,13 +6,17 @@
 
 pub mod blocking;
 pub mod glommio;
+mod memory;
 pub mod sim;
 
 use std::future::Future;
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
+
+pub use memory::AlignedBytes;
 
 /// Monotonic time in nanoseconds since an arbitrary origin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -104,6 +108,14 @@ pub trait File: Clone + 'static {
     fn read_at(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<Self::ReadBuf>>;
     /// Writes the whole buffer (a multiple of 4096 long) at `offset`.
     fn write_at(&self, offset: u64, buf: Self::WriteBuf) -> impl Future<Output = io::Result<()>>;
+    /// Writes `data[range]` (offset and both ends multiples of 4096) at `offset` from where it is. Meant for large
+    /// pieces of memory that others use too: for small ones [`File::write_at`] costs less.
+    fn write_shared_at(
+        &self,
+        offset: u64,
+        data: Arc<AlignedBytes>,
+        range: Range<usize>,
+    ) -> impl Future<Output = io::Result<()>>;
     /// Makes every completed write, deallocation and length change durable.
     fn datasync(&self) -> impl Future<Output = io::Result<()>>;
     /// Punches a hole: the range (multiples of 4096) reads as zeroes.

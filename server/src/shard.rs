@@ -8,6 +8,7 @@ mod caching;
 mod commands;
 mod datapath;
 mod extents;
+mod fill_turns;
 mod hydrate;
 mod invariants;
 mod locks;

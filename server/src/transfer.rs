@@ -351,7 +351,9 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
 
     fn finish(&self, source: &ChunkSource, class: FetchClass, result: Result<ChunkData>, story: Story) {
         let result = match result {
-            Err(_) if mutation::on(Mutation::FailedFetchIsZeroes) => Ok(Arc::new(vec![0; source.chunk_len as usize])),
+            Err(_) if mutation::on(Mutation::FailedFetchIsZeroes) => {
+                Ok(ChunkData::new(vec![0; source.chunk_len as usize][..].into()))
+            }
             result => result,
         };
         match &result {

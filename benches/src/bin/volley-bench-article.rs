@@ -4,6 +4,9 @@
 //! Each volume is read as the recorded boot of Debian reads its disk, at the recorded pace times `--speed`; the wave arrives at
 //! `--arrivals` volumes per second. The object store is an S3 server of ours (`origin`) in this process, with a delay before
 //! each answer and a bandwidth for each connection; it counts what leaves it. The trace's writes are left out.
+//!
+//! At the end one volume of a full image is hydrated from that server, which then answers as fast as it can, beside
+//! `curl` of the same packs and beside fio writing as much as the image.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -13,9 +16,10 @@ use std::time::Duration;
 
 use clap::Parser;
 use tokio::time::{Instant, sleep_until};
-use volley_benches::figure::{Figure, conclude};
+use volley_benches::figure::{Figure, Pair, conclude};
+use volley_benches::fio;
 use volley_benches::origin::{Manners, Origin};
-use volley_benches::process::{Result, Server, machine, run, sibling};
+use volley_benches::process::{Result, Server, machine, run, sibling, timed};
 use volley_tools::load::histogram::Histogram;
 use volley_tools::load::trace::{self, Event, Op};
 
@@ -24,6 +28,9 @@ const IMAGE_BYTES: u64 = 2 << 30;
 const CHUNK_BYTES: u64 = 512 << 10;
 /// What is in the image beside the chunks that the boot reads, so that it is as full as the real one.
 const OTHER_DATA_CHUNKS: u64 = 600;
+/// The image that is hydrated as a whole, and another one before it, so that the node's memory is its own by then.
+const FULL_IMAGE_MIB: u32 = 1024;
+const OTHER_IMAGE_MIB: u32 = 640;
 /// Clients of the node: hypervisor hosts.
 const HOSTS: usize = 4;
 /// Nobody waits for the object store's manners while the image is put there.
@@ -44,7 +51,7 @@ struct Args {
     #[arg(long, default_value_t = 100)]
     arrivals: u32,
     /// The recorded boot, so many times faster.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 1)]
     speed: u32,
     /// Delay of the object store before each answer, in milliseconds.
     #[arg(long, default_value_t = 20)]
@@ -52,6 +59,9 @@ struct Args {
     /// Bandwidth of each connection to the object store, in MiB/s.
     #[arg(long, default_value_t = 100)]
     connection_mib: u64,
+    /// Runs of the hydration of one volume.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
     /// Work there: a folder on a disk with direct I/O. Removed afterwards.
     #[arg(long, default_value = ".cache/bench", value_name = "DIR")]
     dir: PathBuf,
@@ -86,16 +96,15 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     let image = dir.join("image.raw");
     make_image(&image, &reads)?;
     let bench = Bench { args, dir: &dir, origin: &origin, reads };
-    run(bench
-        .volley(None, &["image", "import", &image.display().to_string(), "--name", "debian"])?
-        .env_remove("VOLLEY_SERVER"))?;
-    std::fs::remove_file(&image).map_err(|e| e.to_string())?;
+    bench.import(&image, "debian")?;
     let first_byte = Duration::from_millis(args.first_byte_ms);
     origin.set_manners(Manners { first_byte, bytes_per_second: args.connection_mib << 20 });
 
     let alone = bench.node("alone", "transfer.share = false\n", |server| bench.wave(server, "a-"))?;
     let (cold, warm) = bench.node("shared", "", |server| Ok((bench.wave(server, "b-")?, bench.wave(server, "c-")?)))?;
-    Ok(figures(&alone, &cold, &warm))
+    let mut figures = figures(&alone, &cold, &warm);
+    bench.hydrate(&mut figures)?;
+    Ok(figures)
 }
 
 struct Bench<'a> {
@@ -119,6 +128,55 @@ impl Bench<'_> {
     fn use_origin(&self, command: &mut Command) {
         command.env("VOLLEY_OBJECT_STORE", "s3://bench/article").env("AWS_ENDPOINT_URL", self.origin.endpoint());
         command.env("AWS_ACCESS_KEY_ID", "bench").env("AWS_SECRET_ACCESS_KEY", "bench").env("AWS_REGION", "us-east-1");
+    }
+
+    /// Puts an image into the object store; its file is removed.
+    fn import(&self, image: &Path, name: &str) -> Result<()> {
+        run(&mut self.volley(None, &["image", "import", &image.display().to_string(), "--name", name])?)?;
+        std::fs::remove_file(image).map_err(|e| e.to_string())
+    }
+
+    /// From the request for a volume of a full image to its last chunk durable in it.
+    fn hydrate(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        self.origin.set_manners(AT_ONCE);
+        let image = self.dir.join("image.raw");
+        volley_benches::full_image(&image, OTHER_IMAGE_MIB, 1 << 32)?;
+        self.import(&image, "other")?;
+        let before = self.origin.packs();
+        volley_benches::full_image(&image, FULL_IMAGE_MIB, 1)?;
+        self.import(&image, "full")?;
+        let mut packs = self.origin.packs();
+        packs.retain(|pack| !before.contains(pack));
+        let (mut beside_curl, mut beside_fio, mut gets_per_mib) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.args.runs {
+            let (seconds, gets, bytes) = self.node("hydrate", "", |server| {
+                self.hydrate_volume(server, "other")?;
+                let _ = self.origin.take_counts();
+                let seconds = self.hydrate_volume(server, "full")?;
+                let (gets, bytes) = self.origin.take_counts();
+                Ok((seconds, gets as f64, bytes as f64))
+            })?;
+            let mut curl = Command::new("curl");
+            curl.args(["--silent", "--show-error", "--fail"]);
+            curl.args(packs.iter().flat_map(|pack| ["--output", "/dev/null", pack]));
+            let curl_seconds = timed(&mut curl)?;
+            beside_curl.push(Pair { ours: bytes / seconds / 1e6, peer: bytes / curl_seconds / 1e6 });
+            let ours = f64::from(FULL_IMAGE_MIB) * f64::from(1 << 20) / seconds / 1e6;
+            beside_fio.push(Pair { ours, peer: fio::sequential_write(self.dir, FULL_IMAGE_MIB, None)? });
+            gets_per_mib.push(gets / (bytes / f64::from(1 << 20)));
+        }
+        figures.push(Figure::alone("article_gets_per_mib", "1/MiB", &gets_per_mib));
+        let peer = "curl of the same packs, one after the other, to /dev/null";
+        figures.push(Figure::against("s3_hydrate_vs_curl", "MB/s", peer, &beside_curl));
+        figures.push(Figure::against("s3_hydrate_vs_fio", "MB/s", fio::SEQUENTIAL_WRITE, &beside_fio));
+        Ok(())
+    }
+
+    fn hydrate_volume(&self, server: &Server, image: &str) -> Result<f64> {
+        let (begun, http) = (Instant::now(), server.ready_word("http")?);
+        run(&mut self.volley(Some(&http), &["volume", "create", image, "--snapshot", image, "--rate", "unlimited"])?)?;
+        run(&mut self.volley(Some(&http), &["volume", "wait", image, "--hydrated"])?)?;
+        Ok(begun.elapsed().as_secs_f64())
     }
 
     /// Starts a node with a line of configuration, measures on it, and stops it.
@@ -243,7 +301,7 @@ fn figures(alone: &Wave, cold: &Wave, warm: &Wave) -> Vec<Figure> {
     let mib = cold.bytes.max(1) as f64 / f64::from(1 << 20);
     for (name, unit, value) in [
         ("article_bytes_reduction", "%", reduction(cold.bytes as f64, alone.bytes as f64)),
-        ("article_gets_per_mib", "1/MiB", cold.gets as f64 / mib),
+        ("article_priority_gets_per_mib", "1/MiB", cold.gets as f64 / mib),
         ("article_p99_reduction_warm", "%", reduction(p99(warm), p99(alone))),
         ("article_p99_reduction_cold", "%", reduction(p99(cold), p99(alone))),
         ("article_mean_reduction_warm", "%", reduction(mean(warm), mean(alone))),

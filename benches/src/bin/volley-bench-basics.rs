@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use volley_benches::figure::{Figure, Pair, conclude};
+use volley_benches::fio;
 use volley_benches::process::{Result, Server, machine, run, sibling, timed};
 
 /// More than the cache holds, so that the node has all the memory it will have.
@@ -55,7 +56,7 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     let memory = tempfile::tempdir_in("/dev/shm").map_err(|e| format!("/dev/shm: {e}"))?;
     let bench = Bench { args, dir: &dir, sockets: sockets.path(), memory: memory.path(), image: dir.join("image.raw") };
     println!("{}", machine());
-    make_image(&bench.image, args.image_mib, 1)?;
+    volley_benches::full_image(&bench.image, args.image_mib, 1)?;
     let parts: [(&[&str], Part<'_>); 4] = [
         (&["import_vs_qemu_img", "import_vs_qemu_img_plain"], Bench::import),
         (&["hydrate_vs_fio", "hydrate_from_same_disk_vs_fio"], Bench::hydrate),
@@ -151,7 +152,7 @@ impl Bench<'_> {
     fn hydrate(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let (in_memory, on_disk) = (self.memory.join("objects"), self.dir.join("objects"));
         let other = self.dir.join("other.raw");
-        make_image(&other, OTHER_IMAGE_MIB, 1 << 32)?;
+        volley_benches::full_image(&other, OTHER_IMAGE_MIB, 1 << 32)?;
         for objects in [&in_memory, &on_disk] {
             self.import_into(objects)?;
             self.import_file(objects, &other, "other")?;
@@ -161,11 +162,17 @@ impl Bench<'_> {
         let stored_mib = shown["stored_bytes"].as_u64().ok_or("image show prints no stored_bytes")? >> 20;
         let (mut alone, mut beside_reads) = (Vec::new(), Vec::new());
         for _ in self.runs("hydrate") {
-            alone.push(Pair { ours: self.hydrate_from(&in_memory)?, peer: self.fio_write(0)? });
-            beside_reads.push(Pair { ours: self.hydrate_from(&on_disk)?, peer: self.fio_write(stored_mib)? });
+            alone.push(Pair {
+                ours: self.hydrate_from(&in_memory)?,
+                peer: fio::sequential_write(self.dir, self.args.image_mib, None)?,
+            });
+            beside_reads.push(Pair {
+                ours: self.hydrate_from(&on_disk)?,
+                peer: fio::sequential_write(self.dir, self.args.image_mib, Some((&self.image, stored_mib)))?,
+            });
         }
-        let peer = "fio sequential write, bs=512k direct=1 iodepth=8 io_uring, end_fsync, to a new file; object store in memory";
-        figures.push(Figure::against("hydrate_vs_fio", "MB/s", peer, &alone));
+        let peer = format!("{}; object store in memory", fio::SEQUENTIAL_WRITE);
+        figures.push(Figure::against("hydrate_vs_fio", "MB/s", &peer, &alone));
         let peer =
             format!("the same fio beside one that reads {stored_mib} MiB, bs=1M iodepth=4; object store on that disk");
         figures.push(Figure::against("hydrate_from_same_disk_vs_fio", "MB/s", &peer, &beside_reads));
@@ -190,22 +197,6 @@ impl Bench<'_> {
         server.stop()?;
         remove_dir(&data)?;
         Ok(self.image_bytes() / seconds / 1e6)
-    }
-
-    /// MB/s of writing as much as the image, beside a job that reads `read_mib` of the image.
-    fn fio_write(&self, read_mib: u64) -> Result<f64> {
-        let file = self.dir.join("fio.raw");
-        let mut command = Command::new("fio");
-        command.args(["--output-format=json", "--direct=1", "--ioengine=io_uring"]);
-        command.args(["--name=w", "--rw=write", "--bs=512k", "--iodepth=8", "--fallocate=none", "--end_fsync=1"]);
-        command.arg(format!("--size={}M", self.args.image_mib)).arg(format!("--filename={}", file.display()));
-        if read_mib > 0 {
-            command.args(["--name=r", "--rw=read", "--bs=1M", "--iodepth=4", &format!("--size={read_mib}M")]);
-            command.arg(format!("--filename={}", self.image.display()));
-        }
-        let milliseconds = fio_field(&run(&mut command)?, "write", "runtime")?;
-        std::fs::remove_file(&file).map_err(|e| e.to_string())?;
-        Ok(self.image_bytes() / (milliseconds / 1e3) / 1e6)
     }
 
     /// 4 KiB random reads of a hydrated volume: through agent and server, and of the same file through qemu-nbd.
@@ -252,7 +243,7 @@ impl Bench<'_> {
         command.args(["--name=r", "--ioengine=nbd", "--rw=randread", "--bs=4k", "--time_based", "--norandommap"]);
         command.args([&format!("--iodepth={depth}"), &format!("--runtime={}", self.args.seconds), "--ramp_time=1"]);
         command.arg(format!("--uri=nbd+unix:///v?socket={}", socket.display())).arg("--output-format=json");
-        fio_field(&run(&mut command)?, "read", "iops")
+        fio::field(&run(&mut command)?, "read", "iops")
     }
 
     /// Thousands of volumes of one snapshot: wall time of the request, and memory. A request of thousands takes memory
@@ -299,16 +290,6 @@ impl Bench<'_> {
     }
 }
 
-/// An image of so many MiB that shrink to about a half, the same for the same seed.
-fn make_image(path: &Path, mib: u32, seed: u64) -> Result<()> {
-    let say = |e: std::io::Error| format!("{}: {e}", path.display());
-    let mut file = std::fs::File::create(path).map_err(say)?;
-    for mib in 0..u64::from(mib) {
-        std::io::Write::write_all(&mut file, &volley_benches::compressible(seed + mib, 1 << 20)).map_err(say)?;
-    }
-    file.sync_all().map_err(say)
-}
-
 /// Attaches every volume and reads a sector of each; returns the server's resident memory then.
 fn attach_all(server: &Server, count: u32) -> Result<u64> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
@@ -339,11 +320,4 @@ fn only_volume_file(data: &Path) -> Result<PathBuf> {
 
 fn remove_dir(dir: &Path) -> Result<()> {
     std::fs::remove_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))
-}
-
-/// A number of the first job of fio's JSON.
-fn fio_field(json: &str, side: &str, field: &str) -> Result<f64> {
-    let start = json.find('{').ok_or_else(|| format!("fio printed no JSON: {json}"))?;
-    let value: serde_json::Value = serde_json::from_str(&json[start..]).map_err(|e| format!("fio's JSON: {e}"))?;
-    value["jobs"][0][side][field].as_f64().ok_or_else(|| format!("fio's JSON has no {side}.{field}"))
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
-use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
+use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement, PoolPlacement};
 
 use super::executor::{cannot_start, platform};
 use super::listen::Bound;
@@ -15,7 +15,7 @@ use crate::limits::{ACCEPT_RETRY, FLUSH_REPLIES_MAX};
 use crate::object_store::ObjectError;
 use crate::object_store::any::{AnyStore, StoreChoice};
 use crate::object_store::s3::RequestPolicy;
-use crate::platform::glommio::{Acceptor, Glommio, GlommioHttp};
+use crate::platform::glommio::{Acceptor, Glommio, GlommioHttp, HELPERS};
 use crate::platform::{Platform, Queue};
 use crate::shard::api::Command;
 use crate::shard::mesh::Mesh;
@@ -62,6 +62,7 @@ impl ShardThread {
         let executor = LocalExecutorBuilder::new(Placement::Fixed(seed.cpu))
             .name(&format!("volley-{shard}"))
             .spin_before_park(seed.idle_poll)
+            .blocking_thread_pool_placement(PoolPlacement::Unbound(HELPERS))
             .spawn(move || run(seed, stages))
             .map_err(cannot_start)?;
         Ok(ShardThread { shard, reports, go, executor })

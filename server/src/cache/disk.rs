@@ -22,7 +22,7 @@ use super::record::{PART_BYTES, RECORD_BYTES, Record, RecordRead, SLOT_BYTES, pa
 use super::slots::{Place, Slots};
 use super::{ChunkData, Rank, TierStatus};
 use crate::mutation::{self, Mutation};
-use crate::platform::{File, Platform, Queue, Time};
+use crate::platform::{AlignedBytes, File, Platform, Queue, Time};
 use crate::shard::signal::Signal;
 use crate::shard::stats::Counters;
 use crate::snapshot::{ChunkEntry, CorruptChunk, Encoding, decode_chunk};
@@ -448,9 +448,9 @@ fn check_slot(expected: &Record, slot: &[u8]) -> Result<(), SlotFault> {
 }
 
 /// The content, if it is the chunk that is wanted.
-fn verify(source: &ChunkSource, record: &Record, stored: &[u8]) -> Result<Vec<u8>, CorruptChunk> {
+fn verify(source: &ChunkSource, record: &Record, stored: &[u8]) -> Result<AlignedBytes, CorruptChunk> {
     if mutation::on(Mutation::SlotNotVerified) && record.encoding == Encoding::Raw {
-        return Ok(stored.to_vec());
+        return Ok(stored.into());
     }
     let digest = match mutation::on(Mutation::SlotOfAnotherChunk) {
         true => record.digest,

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::{DirEntry, File, OpenMode, Platform, Queue, SpaceInfo, Time};
+use super::{AlignedBytes, DirEntry, File, OpenMode, Platform, Queue, SpaceInfo, Time};
 use crate::object_store::ObjectError;
 use crate::object_store::any::{AnyStore, StoreChoice};
 use crate::object_store::s3::RequestPolicy;
@@ -193,6 +193,10 @@ impl File for BlockingFile {
 
     async fn write_at(&self, offset: u64, buf: Vec<u8>) -> io::Result<()> {
         self.0.write_all_at(&buf, offset)
+    }
+
+    async fn write_shared_at(&self, offset: u64, data: Arc<AlignedBytes>, range: Range<usize>) -> io::Result<()> {
+        self.write_at(offset, data[range].to_vec()).await
     }
 
     async fn datasync(&self) -> io::Result<()> {

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use glommio::io::OpenOptions;
 use glommio::{GlommioError, Latency, Shares, TaskQueueHandle};
 
-pub use self::file::{GlommioFile, ReadBytes, WriteBytes};
+pub use self::file::{GlommioFile, HELPERS, ReadBytes, WriteBytes};
 pub use self::http::GlommioHttp;
 pub use self::net::{Acceptor, GlommioConnection, StreamReader, StreamWriter};
 use crate::platform::{DirEntry, OpenMode, Platform, Queue, SpaceInfo, Time};

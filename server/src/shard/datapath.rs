@@ -16,6 +16,7 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
 use crate::shard::api::{ConnectionId, FetchUntil, Reply};
+use crate::shard::fill_turns::FillTurn;
 use crate::shard::locks::Mode;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::residency::SectorRange;
@@ -209,7 +210,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     async fn read_resident(&self, volume: &Volume<P>, range: ByteRange, out: &mut [u8]) -> Result<()> {
         let sectors = range.sectors();
+        self.note_guest_io(volume);
         let buf = volume.read_sectors(sectors).await?;
+        self.note_guest_io(volume);
         let from = (range.offset - sectors.start * SECTOR) as usize;
         out.copy_from_slice(&buf[from..from + out.len()]);
         Ok(())
@@ -304,7 +307,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         self.0.miss_fills.set(self.0.miss_fills.get() + 1);
         let (shard, volume) = (self.clone(), volume.clone());
-        self.0.platform.spawn(Queue::Serve, async move {
+        self.0.platform.spawn(Queue::Background, async move {
+            let _turn = shard.fill_turn(&volume, bytes).await;
             if let Err(error) = shard.fill(&volume, chunk, &content).await {
                 shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
                 volume.hydration.borrow_mut().owed.insert(chunk);
@@ -312,6 +316,16 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             }
             shard.0.miss_fills.set(shard.0.miss_fills.get() - 1);
         });
+    }
+
+    /// Waits until a fill of so many bytes may write to the volume's store.
+    pub(super) async fn fill_turn<'a>(&'a self, volume: &Volume<P>, bytes: u64) -> FillTurn<'a> {
+        self.0.stores[volume.store].fills.turn(bytes, || self.0.platform.now()).await
+    }
+
+    /// A guest's read or write of a volume's file begins or ends.
+    fn note_guest_io(&self, volume: &Volume<P>) {
+        self.0.stores[volume.store].fills.note_guest(self.0.platform.now());
     }
 
     async fn fill(&self, volume: &Rc<Volume<P>>, chunk: u32, content: &Content) -> Result<()> {
@@ -411,7 +425,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Some(data) => target.copy_from_slice(data),
             None => target.fill(0),
         }
+        self.note_guest_io(volume);
         volume.write_sectors(sectors.start, buf).await?;
+        self.note_guest_io(volume);
         volume.map.borrow_mut().mark_written(sectors);
         self.note_dirty(volume);
         volume.note_change();
@@ -540,6 +556,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                     // Charged, not asked: priority work never waits for the background's share.
                     let bytes = content.bytes().len() as u64;
                     self.0.stores[volume.store].budget.borrow_mut().charge(bytes, self.0.platform.now());
+                    let _turn = self.0.stores[volume.store].fills.begin(bytes);
                     self.fill(&volume, chunk, &content).await?;
                 }
             }

@@ -19,6 +19,7 @@ use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
+use crate::shard::fill_turns::FillTurns;
 use crate::shard::signal::{Signal, within};
 use crate::shard::volume::{Volume, is_zero};
 use crate::snapshot::{ChunkEntry, Manifest};
@@ -27,9 +28,10 @@ use crate::types::{HydrationRate, VolumeId};
 
 /// Bytes of the volume in one run, which ends with its stretch of a pack: one GET of one shard.
 const RUN_BYTES: u64 = 8 << 20;
-/// Runs in flight per store and shard: enough to overlap fetch, verification and fill.
-const RUNS_MAX: usize = 4;
-/// Chunks of a run written at the same time: with all runs, what keeps a disk busy and does not yet make guests wait.
+/// Runs in flight per store and shard: enough to overlap fetch, verification and fill. What of them may write is for
+/// [`FillTurns`] to say.
+const RUNS_MAX: usize = 8;
+/// Chunks of a run written at the same time.
 const RUN_FILLS_MAX: usize = 2;
 /// Zero chunks made resident in one step; bounds how many chunk locks are held together.
 pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
@@ -44,6 +46,7 @@ pub struct Store {
     pub volumes_dir: PathBuf,
     /// This shard's part of the fixed hydration share, in bytes.
     pub budget: RefCell<TokenBucket>,
+    pub(super) fills: FillTurns,
     pub(super) wake: Signal,
     queue: RefCell<VecDeque<VolumeId>>,
     queued: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
@@ -56,6 +59,7 @@ impl Store {
             label,
             volumes_dir,
             budget: RefCell::new(budget),
+            fills: FillTurns::default(),
             wake: Signal::default(),
             queue: RefCell::default(),
             queued: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(25, 26, 27, 28))),
@@ -174,7 +178,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk, &volume.account.origin)).collect();
         let copies = chunks.into_iter().zip(self.request(sources, FetchClass::Background));
         let copies = copies.map(async |(chunk, answer)| {
-            let copied = self.fill_data(volume, chunk, &answer.chunk().await?.data).await;
+            let data = answer.chunk().await?.data;
+            let _turn = self.fill_turn(volume, data.len() as u64).await;
+            let copied = self.fill_data(volume, chunk, &data).await;
             self.0.platform.yield_now().await;
             copied
         });

@@ -3,11 +3,13 @@
 //! **Invariant (P1):** a residency record is captured before the data sync it depends on and appended after it.
 
 use std::cell::{Cell, RefCell};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::budget::{RateMeter, TokenBucket};
+use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
 use crate::mutation::{self, Mutation};
@@ -30,6 +32,9 @@ pub const SET_ASIDE: &str = "deleted";
 /// Chunks without data in the snapshot that one sync also writes down, so that a restart knows them as resident: a bound
 /// on what the sync of a very large volume carries.
 const ZEROES_RECORDED_MAX: usize = 4096;
+
+/// Shorter pieces of a chunk are copied to be written: that is less than another thread's turn costs.
+const SHARED_WRITE_BYTES_MIN: usize = 128 << 10;
 
 /// What guests did to one volume.
 #[derive(Default)]
@@ -317,6 +322,16 @@ impl<P: Platform> Volume<P> {
         written.map_err(|e| self.io_error("write", &e))
     }
 
+    /// [`Volume::write_sectors`] from a part of a chunk that others use too.
+    async fn write_shared_sectors(&self, start_sector: u64, chunk: ChunkData, part: Range<usize>) -> Result<()> {
+        self.check_poison()?;
+        let file = self.file().await?;
+        self.unsynced.set(true);
+        let written = file.write_shared_at(start_sector * SECTOR, chunk, part).await;
+        self.unsynced.set(true);
+        written.map_err(|e| self.io_error("write", &e))
+    }
+
     /// Makes sectors of the file read as zeroes. Locks and map as for writes.
     pub async fn zero_sectors(&self, range: SectorRange) -> Result<()> {
         self.check_poison()?;
@@ -333,7 +348,7 @@ impl<P: Platform> Volume<P> {
 
     /// Writes the sectors of a chunk that are not resident, and only those. Returns the bytes written.
     /// `content` is the chunk as in the snapshot; past its end (the tail of the device's last sector) are zeroes.
-    pub async fn fill(&self, chunk: u32, content: &[u8]) -> Result<u64> {
+    pub async fn fill(&self, chunk: u32, content: &ChunkData) -> Result<u64> {
         let early = mutation::on(Mutation::FillDecidesBeforeLock).then(|| self.map.borrow().absent_runs(chunk));
         let _alone = match mutation::on(Mutation::FillWithoutLock) {
             true => None,
@@ -351,10 +366,16 @@ impl<P: Platform> Volume<P> {
         }
         let mut written = 0;
         for run in absent {
-            let mut buf = self.platform.alloc(((run.end - run.start) * SECTOR) as usize);
-            copy_padded(&mut buf, content, ((run.start - whole.start) * SECTOR) as usize);
-            written += buf.len() as u64;
-            self.write_sectors(run.start, buf).await?;
+            let (start, end) = ((run.start - whole.start) * SECTOR, (run.end - whole.start) * SECTOR);
+            let part = start as usize..end as usize;
+            if part.len() >= SHARED_WRITE_BYTES_MIN && part.end <= content.len() {
+                self.write_shared_sectors(run.start, content.clone(), part).await?;
+            } else {
+                let mut buf = self.platform.alloc(part.len());
+                copy_padded(&mut buf, content, part.start);
+                self.write_sectors(run.start, buf).await?;
+            }
+            written += end - start;
             self.map.borrow_mut().mark_written(run);
         }
         self.note_change();

@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use super::ChunkEntry;
 use crate::mutation::{self, Mutation};
+use crate::platform::AlignedBytes;
 
 /// How the bytes of a chunk are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,13 +46,13 @@ pub enum CorruptChunk {
 ///
 /// # Errors
 /// [`CorruptChunk`] when anything about the bytes contradicts `entry`.
-pub fn decode_chunk(entry: &ChunkEntry, stored: &[u8], chunk_len: u32) -> Result<Vec<u8>, CorruptChunk> {
+pub fn decode_chunk(entry: &ChunkEntry, stored: &[u8], chunk_len: u32) -> Result<AlignedBytes, CorruptChunk> {
     let ChunkEntry::Stored { stored_len, encoding, digest, .. } = entry else { return Err(CorruptChunk::Zero) };
     if stored.len() != *stored_len as usize {
         return Err(CorruptChunk::StoredLength { expected: *stored_len, found: stored.len() });
     }
     let raw = match encoding {
-        Encoding::Raw => stored.to_vec(),
+        Encoding::Raw => stored.into(),
         Encoding::Zstd => decompress(stored, chunk_len as usize)?,
     };
     if raw.len() != chunk_len as usize {
@@ -92,14 +93,17 @@ thread_local! {
     static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
-fn decompress(stored: &[u8], raw_len_max: usize) -> Result<Vec<u8>, CorruptChunk> {
+fn decompress(stored: &[u8], raw_len_max: usize) -> Result<AlignedBytes, CorruptChunk> {
+    let mut raw = AlignedBytes::with_capacity(raw_len_max);
     DECOMPRESSOR.with_borrow_mut(|slot| {
         let decompressor = match slot {
             Some(d) => d,
             None => slot.insert(zstd::bulk::Decompressor::new().map_err(|e| CorruptChunk::Decompress(e.to_string()))?),
         };
-        decompressor.decompress(stored, raw_len_max).map_err(|e| CorruptChunk::Decompress(e.to_string()))
-    })
+        let done = decompressor.decompress_to_buffer(stored, &mut raw);
+        done.map_err(|e| CorruptChunk::Decompress(e.to_string()))
+    })?;
+    Ok(raw)
 }
 
 #[cfg(test)]
@@ -130,7 +134,7 @@ mod tests {
             let encoded = encode_chunk(&raw, 3);
             assert_eq!(encoded.encoding, encoding);
             let len = u32::try_from(raw.len()).unwrap();
-            assert_eq!(decode_chunk(&entry(&encoded), &encoded.stored, len).unwrap(), raw);
+            assert_eq!(decode_chunk(&entry(&encoded), &encoded.stored, len).unwrap()[..], raw);
             assert!(decode_chunk(&entry(&encoded), &encoded.stored, len - 512).is_err(), "longer than it may be");
             assert!(decode_chunk(&entry(&encoded), &encoded.stored, len + 512).is_err(), "shorter than it must be");
         }
@@ -146,7 +150,7 @@ mod tests {
                 bad[at] ^= 0x10;
                 // A flip in zstd's own header may leave the content intact: then it's the right content.
                 if let Ok(content) = decode_chunk(&entry(&encoded), &bad, 1024) {
-                    assert_eq!(content, raw);
+                    assert_eq!(content[..], raw);
                 }
                 assert!(decode_chunk(&entry(&encoded), &encoded.stored[..at], 1024).is_err());
             }

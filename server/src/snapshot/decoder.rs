@@ -7,6 +7,7 @@ use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 use super::ChunkEntry;
 use super::chunk::{CorruptChunk, Encoding, decode_chunk};
 use crate::mutation::{self, Mutation};
+use crate::platform::AlignedBytes;
 
 /// Larger chunks are decoded in slices.
 const WHOLE_BYTES_MAX: u32 = 1 << 20;
@@ -18,7 +19,7 @@ const SLICE_BYTES: usize = 256 << 10;
 pub enum Step {
     More,
     /// The verified chunk.
-    Done(Vec<u8>),
+    Done(AlignedBytes),
 }
 
 /// Turns stored bytes into a verified chunk as [`decode_chunk`] does, step by step.
@@ -34,7 +35,7 @@ struct Slices<'a> {
     rest: &'a [u8],
     /// `None`: stored raw.
     zstd: Option<Decoder<'static>>,
-    raw: Vec<u8>,
+    raw: AlignedBytes,
     hasher: blake3::Hasher,
 }
 
@@ -83,7 +84,7 @@ impl<'a> Slices<'a> {
             Encoding::Raw => None,
             Encoding::Zstd => Some(Decoder::new().map_err(|e| CorruptChunk::Decompress(e.to_string()))?),
         };
-        Ok(Slices { rest: stored, zstd, raw: Vec::with_capacity(len), hasher: blake3::Hasher::new() })
+        Ok(Slices { rest: stored, zstd, raw: AlignedBytes::with_capacity(len), hasher: blake3::Hasher::new() })
     }
 
     /// Decodes until the chunk has `end` bytes.
@@ -100,7 +101,7 @@ impl<'a> Slices<'a> {
             return Ok(());
         };
         let start = self.raw.len();
-        self.raw.resize(end, 0);
+        self.raw.resize(end);
         let mut output = OutBuffer::around(&mut self.raw[start..]);
         let mut ended = false;
         while output.pos() < output.capacity() {
@@ -141,7 +142,7 @@ mod tests {
         for steps in 1.. {
             assert!(steps <= 64, "it ends");
             if let Step::Done(raw) = decoder.step()? {
-                return Ok((raw, steps));
+                return Ok((raw.to_vec(), steps));
             }
         }
         unreachable!("the loop ends by returning")

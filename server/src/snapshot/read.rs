@@ -9,6 +9,7 @@ use thiserror::Error;
 use super::{ChunkEntry, Manifest, decode_chunk};
 use crate::object_store::{ObjectError, ObjectStore};
 use crate::parallel::{self, Parallel};
+use crate::platform::AlignedBytes;
 
 /// A chunk that can't be had from the object store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Error)]
@@ -112,7 +113,7 @@ pub fn export<S: ObjectStore + Send + Sync>(
 
 enum Content {
     Zero,
-    Data { raw: Vec<u8>, stored_len: u32 },
+    Data { raw: AlignedBytes, stored_len: u32 },
     Bad(BadChunk),
     StoreFailed(ObjectError),
 }

@@ -8,7 +8,7 @@ use super::{ChunkSource, FetchClass, GetPlan, Transfer};
 use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::object_store::{ObjectBytes, ObjectError, ObjectStore};
-use crate::platform::{Platform, Queue, Time};
+use crate::platform::{AlignedBytes, Platform, Queue, Time};
 use crate::shard::signal::within;
 use crate::snapshot::{ChunkDecoder, CorruptChunk, Step};
 
@@ -142,7 +142,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     }
 
     /// Large chunks in slices, between which others run.
-    async fn decode(&self, source: &ChunkSource, stored: &[u8]) -> std::result::Result<Vec<u8>, CorruptChunk> {
+    async fn decode(&self, source: &ChunkSource, stored: &[u8]) -> std::result::Result<AlignedBytes, CorruptChunk> {
         let mut decoder = ChunkDecoder::new(&source.entry, stored, source.chunk_len);
         loop {
             if let Step::Done(data) = decoder.step()? {

@@ -3,15 +3,17 @@
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::executor::{LocalPool, LocalSpawner};
 use futures::task::LocalSpawnExt;
 
 use crate::platform::blocking::{Blocking, BlockingFile};
-use crate::platform::{DirEntry, File, OpenMode, Platform, Queue, SpaceInfo, Time};
+use crate::platform::{AlignedBytes, DirEntry, File, OpenMode, Platform, Queue, SpaceInfo, Time};
 
 /// Calls that can be counted and made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,6 +184,10 @@ impl File for TestFile {
         }
         self.file.write_at(offset, buf).await?;
         outcome
+    }
+
+    async fn write_shared_at(&self, offset: u64, data: Arc<AlignedBytes>, range: Range<usize>) -> io::Result<()> {
+        self.write_at(offset, data[range].to_vec()).await
     }
 
     async fn datasync(&self) -> io::Result<()> {

@@ -2,15 +2,17 @@
 
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use futures::stream::{self, StreamExt};
 use glommio::io::{DmaBuffer, DmaFile, ReadResult};
 
 use super::plain_error;
-use crate::platform::File;
 use crate::platform::blocking::stored;
+use crate::platform::{AlignedBytes, File};
 
 /// Largest transfer in one system call: a single direct read of 6 MB has hung a process on today's kernels.
 const TRANSFER_BYTES_MAX: usize = 1 << 20;
@@ -18,6 +20,15 @@ const TRANSFER_BYTES_MAX: usize = 1 << 20;
 const TRANSFERS_IN_FLIGHT_MAX: usize = 4;
 /// Alignment of offsets, lengths and buffers: the page size satisfies every device's logical block.
 const ALIGNMENT_BYTES: u64 = 4096;
+/// Helper threads of an executor.
+pub const HELPERS: usize = 4;
+/// Of these may write shared memory at a time; the rest is left for the calls that only block.
+const SHARED_WRITES_MAX: usize = HELPERS - 1;
+
+thread_local! {
+    /// Held once more by each shared write of this executor that a helper thread has.
+    static SHARED_WRITES: Arc<()> = Arc::default();
+}
 
 /// A handle to an open file; the descriptor closes with the last clone.
 #[derive(Clone)]
@@ -105,14 +116,20 @@ impl GlommioFile {
         outcome.map(|()| joined)
     }
 
+    /// A descriptor of its own, for a call that outlives a caller that goes away. (`DmaFile` reads and writes at
+    /// offsets, so nobody minds that the two share their position.)
+    fn own_descriptor(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the descriptor is open as long as `self.file` lives.
+        unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }.try_clone_to_owned()
+    }
+
     async fn write_piece(&self, offset: u64, buf: WriteBytes) -> io::Result<()> {
         let len = buf.len();
         let written = self.file.write_at(buf.0, offset).await.map_err(plain_error)?;
         if written == len {
             return Ok(());
         }
-        // A short direct write means that the device or quota is full, or failed in the middle: never a signal here.
-        Err(io::Error::new(io::ErrorKind::WriteZero, format!("wrote only {written} of {len} bytes at {offset}")))
+        Err(short_write(written, len, offset))
     }
 }
 
@@ -145,6 +162,26 @@ impl File for GlommioFile {
         Ok(())
     }
 
+    /// io_uring through glommio takes only glommio's own memory: a helper thread writes any other. When those are
+    /// busy, which a stalled disk may keep them, a copy goes the usual way.
+    async fn write_shared_at(&self, offset: u64, data: Arc<AlignedBytes>, range: Range<usize>) -> io::Result<()> {
+        check_aligned("write", offset, range.len() as u64)?;
+        check_aligned("write from memory", range.start as u64, 0)?;
+        let helper = SHARED_WRITES.with(Arc::clone);
+        if Arc::strong_count(&helper) > SHARED_WRITES_MAX + 1 {
+            let mut copy = WriteBytes::new(range.len());
+            copy.copy_from_slice(&data[range]);
+            return self.write_at(offset, copy).await;
+        }
+        let file = std::fs::File::from(self.own_descriptor()?);
+        super::off_reactor(move || {
+            let written = write_direct(&file, offset, &data[range]);
+            drop(helper);
+            written
+        })
+        .await
+    }
+
     async fn datasync(&self) -> io::Result<()> {
         self.file.fdatasync().await.map_err(plain_error)
     }
@@ -158,10 +195,7 @@ impl File for GlommioFile {
     }
 
     async fn stored(&self, range: Range<u64>, max: usize) -> io::Result<Vec<Range<u64>>> {
-        // A descriptor of its own, because the call outlives a caller that goes away. (`DmaFile` reads and writes at
-        // offsets, so nobody minds that the two share their position.)
-        // SAFETY: the descriptor is open as long as `self.file` lives.
-        let file = unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }.try_clone_to_owned()?;
+        let file = self.own_descriptor()?;
         super::off_reactor(move || stored(&file, range, max)).await
     }
 
@@ -177,6 +211,27 @@ impl File for GlommioFile {
         // With other clones alive the descriptor stays open for them and closes with the last.
         self.file.close_rc().await.map(|_| ()).map_err(plain_error)
     }
+}
+
+fn write_direct(file: &std::fs::File, offset: u64, data: &[u8]) -> io::Result<()> {
+    for (at, piece_len) in pieces(data.len()) {
+        let offset = offset + at as u64;
+        let written = loop {
+            match file.write_at(&data[at..at + piece_len], offset) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result?,
+            }
+        };
+        if written != piece_len {
+            return Err(short_write(written, piece_len, offset));
+        }
+    }
+    Ok(())
+}
+
+/// A short direct write means that the device or quota is full, or failed in the middle: never a signal.
+fn short_write(written: usize, len: usize, offset: u64) -> io::Error {
+    io::Error::new(io::ErrorKind::WriteZero, format!("wrote only {written} of {len} bytes at {offset}"))
 }
 
 /// Offset and length of each piece of a transfer.

@@ -2,12 +2,13 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use futures::future::join_all;
 use glommio::{LocalExecutorBuilder, Placement};
 
 use super::{Acceptor, Glommio, plain_error};
-use crate::platform::{ByteReader, ByteWriter, Connection, File, OpenMode, Platform, Queue};
+use crate::platform::{AlignedBytes, ByteReader, ByteWriter, Connection, File, OpenMode, Platform, Queue};
 
 /// Runs `test` on an executor with a fresh directory.
 fn on_executor<F: Future<Output = ()> + 'static>(test: impl FnOnce(Glommio, std::path::PathBuf) -> F + Send + 'static) {
@@ -57,6 +58,33 @@ fn transfers_above_the_limit_are_split_and_joined() {
         // Past the end: short in the middle of the pieces.
         assert!(file.read_at(4096, 16 << 20).await.expect("read")[..] == data[..]);
         file.close().await.expect("close");
+    });
+}
+
+#[test]
+fn shared_memory_is_written_from_where_it_is_by_many_at_once_and_from_other_threads() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        let len = 3 << 20;
+        let data = std::thread::spawn(move || AlignedBytes::from(&pattern(len, 3)[..])).join().expect("made");
+        let data = Arc::new(data);
+        // More at once than there are helper threads.
+        let copies = 2 * super::HELPERS as u64;
+        let writes = (0..copies).map(|copy| file.write_shared_at(copy * len as u64, data.clone(), 4096..len));
+        for written in join_all(writes).await {
+            written.expect("written");
+        }
+        for copy in 0..copies {
+            let read = file.read_at(copy * len as u64, len - 4096).await.expect("read");
+            assert!(read[..] == data[4096..], "copy {copy}");
+        }
+        let refused = |result: std::io::Result<()>| result.expect_err("refused").kind() == ErrorKind::InvalidInput;
+        assert!(refused(file.write_shared_at(512, data.clone(), 0..4096).await));
+        assert!(refused(file.write_shared_at(0, data.clone(), 0..1000).await));
+        assert!(refused(file.write_shared_at(0, data.clone(), 512..4608).await));
+        file.close().await.expect("close");
+        let read_only = platform.open(&dir.join("f"), OpenMode::Read).await.expect("open");
+        assert!(read_only.write_shared_at(0, data, 0..4096).await.is_err());
     });
 }
 

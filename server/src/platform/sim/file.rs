@@ -7,6 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use super::content::{BLOCK, Change, DISK_SECTOR, Inode};
@@ -14,7 +15,7 @@ use super::disk::InodeRc;
 use super::faults::DiskOp;
 use super::random::SimRng;
 use super::{Core, Sim, device_error};
-use crate::platform::{File, OpenMode, Platform};
+use crate::platform::{AlignedBytes, File, OpenMode, Platform};
 
 /// An open file of one life.
 #[derive(Clone)]
@@ -114,6 +115,10 @@ impl File for SimFile {
     async fn write_at(&self, offset: u64, buf: Vec<u8>) -> io::Result<()> {
         check_direct(&self.path, offset, buf.len() as u64);
         self.submit(Change::Write { offset, data: buf }).await
+    }
+
+    async fn write_shared_at(&self, offset: u64, data: Arc<AlignedBytes>, range: Range<usize>) -> io::Result<()> {
+        self.write_at(offset, data[range].to_vec()).await
     }
 
     async fn datasync(&self) -> io::Result<()> {
