@@ -8,6 +8,7 @@ mod faults;
 mod lab;
 mod proxy;
 mod refusals;
+#[allow(dead_code, reason = "the end-to-end tests use all of it")]
 mod server;
 mod tls;
 mod whole;
