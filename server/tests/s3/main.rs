@@ -6,6 +6,7 @@
 mod clock;
 mod faults;
 mod lab;
+mod names;
 mod proxy;
 mod refusals;
 #[allow(dead_code, reason = "the end-to-end tests use all of it")]
