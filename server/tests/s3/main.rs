@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods)] // The test stands outside of the node, as a client and an operator do.
 
 mod clock;
+mod damage;
 mod faults;
 mod lab;
 mod names;
