@@ -24,7 +24,7 @@ use crate::limits::COMMANDS_DEPTH;
 use crate::object_store::ObjectStoreUrl;
 use crate::object_store::any::StoreChoice;
 use crate::object_store::s3::Environment;
-use crate::platform::glommio::kernel_random_u64;
+use crate::platform::glommio::{Resolver, kernel_random_u64};
 use crate::shard::api::{Command, ShardMap};
 use crate::shard::mesh::Mesh;
 use crate::shard::{ShardConfig, StoreConfig};
@@ -47,6 +47,8 @@ pub struct NodeConfig {
     pub journal_exists: bool,
     pub stores: Vec<StoreConfig>,
     pub object_store: StoreChoice,
+    /// How the object store's name becomes addresses.
+    pub resolver: Resolver,
     /// Data port of shard 0; shard k takes port + k, or `path.k`.
     pub listen: ListenAddr,
     /// Number of shards; 0: one for each core the process may run on.
@@ -88,6 +90,7 @@ impl NodeConfig {
             journal_exists: data.has_journal(),
             stores: stores.collect(),
             object_store,
+            resolver: Resolver::default(),
             listen: config.listen.clone(),
             cores: config.cores,
             idle_poll: config.idle_poll.0,
@@ -216,6 +219,7 @@ fn start_once(config: NodeConfig) -> Result<Node> {
             journal_dir: config.journal_dir.clone(),
             epoch: report.epoch,
             object_store: config.object_store.clone(),
+            resolver: config.resolver.clone(),
             has_volumes: report.volumes > 0,
             config: shard_config(&config, shard, shards, boot_id, &shard_map),
             volumes,

@@ -41,6 +41,8 @@ pub struct Options {
     pub stores: Vec<(String, PathBuf)>,
     /// With it, volumes are held against their snapshots.
     pub object_store: Option<StoreChoice>,
+    /// Where the disk cache is, if not in the data directory.
+    pub cache_dir: Option<PathBuf>,
     /// Look at files and extents only, and read no volume.
     pub quick: bool,
 }
@@ -80,7 +82,7 @@ pub struct Report {
     pub chunks_changed: u64,
     /// Resident chunks of attached volumes without data where the snapshot has some: their guests discarded them.
     pub chunks_discarded: u64,
-    /// Chunks that the disk cache in the data directory has.
+    /// Chunks that the disk cache has.
     pub cache_chunks: u64,
     /// Of those, how many fail their checks; they will be fetched again.
     pub cache_chunks_corrupt: u64,
@@ -120,7 +122,7 @@ pub fn check(data: &Path, options: &Options) -> Result<Report, CheckError> {
         None => None,
     };
     checker.volumes(inspection, &stores, snapshots)?;
-    checker.cache(&data.join(datadir::CACHE_DIR))?;
+    checker.cache()?;
     drop(lock);
     checker.report.findings.sort_by(|a, b| (b.severity, &a.path).cmp(&(a.severity, &b.path)));
     Ok(checker.report)

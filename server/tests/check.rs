@@ -158,7 +158,7 @@ impl Lab {
 
     fn against_snapshots(&self, quick: bool) -> Report {
         let object_store = Some(StoreChoice::Dir(self.objects()));
-        check(&self.data(), &Options { object_store, quick, stores: Vec::new() }).expect("checked")
+        check(&self.data(), &Options { object_store, quick, ..Options::default() }).expect("checked")
     }
 }
 

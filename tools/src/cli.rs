@@ -75,7 +75,7 @@ pub struct Globals {
     /// Object store: file:/var/lib/volley/objects or s3://BUCKET/PREFIX.
     #[arg(long, global = true, env = "VOLLEY_OBJECT_STORE", value_name = "URL")]
     pub object_store: Option<String>,
-    /// Configuration file of volleyd: its object_store and [s3] are used where options and environment say nothing.
+    /// Configuration file of volleyd: its object_store, [s3] and cache.dir are used where options and environment say nothing.
     #[arg(long, global = true, env = "VOLLEY_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }

@@ -15,7 +15,7 @@ use crate::limits::{ACCEPT_RETRY, FLUSH_REPLIES_MAX};
 use crate::object_store::ObjectError;
 use crate::object_store::any::{AnyStore, StoreChoice};
 use crate::object_store::s3::RequestPolicy;
-use crate::platform::glommio::{Acceptor, Glommio, GlommioHttp, HELPERS};
+use crate::platform::glommio::{Acceptor, Glommio, GlommioHttp, HELPERS, Resolver};
 use crate::platform::{Platform, Queue};
 use crate::shard::api::Command;
 use crate::shard::mesh::Mesh;
@@ -36,6 +36,7 @@ pub(super) struct ShardSeed {
     pub(super) journal_dir: PathBuf,
     pub(super) epoch: u64,
     pub(super) object_store: StoreChoice,
+    pub(super) resolver: Resolver,
     /// The node has volumes to serve, with or without its object store.
     pub(super) has_volumes: bool,
     pub(super) config: ShardConfig,
@@ -118,11 +119,10 @@ impl Stages {
 }
 
 async fn run(seed: ShardSeed, stages: Stages) -> Result<()> {
-    let ShardSeed { journal_dir, epoch, object_store, has_volumes, config, volumes, mesh, commands, listener, .. } =
-        seed;
+    let ShardSeed { journal_dir, epoch, has_volumes, config, volumes, mesh, commands, listener, .. } = seed;
     let shard = config.shard;
     let platform = platform()?;
-    let opened = open_store(&platform, object_store, has_volumes).await;
+    let opened = open_store(&platform, seed.object_store, seed.resolver, has_volumes).await;
     let Some(objects) = stages.check(opened) else { return Ok(()) };
     let prepared = prepare(&platform, &journal_dir, epoch, shard, &volumes, listener).await;
     let Some(Prepared { journal, acceptor, socket }) = stages.check(prepared) else { return Ok(()) };
@@ -162,10 +162,15 @@ async fn prepare(
 
 /// The object store, asked once whether it lets us in. A node with volumes starts without one that is out of reach for
 /// now: what is resident can be served, and the rest once it is back.
-async fn open_store(platform: &Glommio, choice: StoreChoice, has_volumes: bool) -> Result<GlommioStore> {
+async fn open_store(
+    platform: &Glommio,
+    choice: StoreChoice,
+    resolver: Resolver,
+    has_volumes: bool,
+) -> Result<GlommioStore> {
     let http = || {
         let (ca_file, connections_max) = choice.http_settings();
-        GlommioHttp::new(platform.clone(), ca_file, connections_max)
+        GlommioHttp::new(platform.clone(), resolver, ca_file, connections_max)
     };
     let unchecked = choice.store(platform, http, RequestPolicy::SHARD).map_err(no_object_store)?;
     match unchecked.check().await {

@@ -25,7 +25,7 @@ use crate::mutation::{self, Mutation};
 use crate::platform::{AlignedBytes, File, Platform, Queue, Time};
 use crate::shard::signal::Signal;
 use crate::shard::stats::Counters;
-use crate::snapshot::{ChunkEntry, CorruptChunk, Encoding, decode_chunk};
+use crate::snapshot::{ChunkDecoder, ChunkEntry, CorruptChunk, Encoding, Step};
 use crate::transfer::{ChunkSource, Digest};
 use files::Files;
 
@@ -34,7 +34,7 @@ pub const WRITE_BEHIND_BYTES_MAX: usize = 64 << 20;
 /// After a write that failed, and a read that took too long, the disk is left alone for so long.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(10);
 /// A read that failed may have met its slot while it was rewritten: the second one tells.
-const READ_ATTEMPTS: u32 = 2;
+pub const READ_ATTEMPTS: u32 = 2;
 /// Index pages are written when there is nothing else to write, or after so many chunks.
 const INDEX_EVERY_CHUNKS: u32 = 64;
 
@@ -88,6 +88,14 @@ impl<P: Platform> Clone for DiskTier<P> {
     fn clone(&self) -> Self {
         DiskTier(self.0.clone())
     }
+}
+
+/// What a chunk's slots hold, not verified yet.
+pub struct Loaded {
+    /// `None`: the shard's own.
+    file: Option<usize>,
+    place: Place,
+    content: Result<(Record, Vec<u8>), SlotFault>,
 }
 
 /// Why a slot did not give its part of a chunk.
@@ -147,30 +155,54 @@ impl<P: Platform> DiskTier<P> {
         self.0.state.borrow_mut().tally.misses += 1;
     }
 
-    /// The verified chunk. `None`: it has to be fetched; why is counted.
-    pub async fn read(&self, source: &ChunkSource, rank: Rank) -> Option<ChunkData> {
-        let digest = &source.digest;
-        self.0.state.borrow_mut().slots.touch(digest, rank);
-        for attempt in 1..=READ_ATTEMPTS {
-            let Some((file, place)) = self.find(digest) else { break };
-            let fault = match self.read_place(file, &place).await {
-                Ok((record, stored)) => match verify(source, &record, &stored) {
-                    Ok(data) => {
-                        let tally = &mut self.0.state.borrow_mut().tally;
-                        tally.hits += 1;
-                        tally.hit_bytes += data.len() as u64;
-                        return Some(ChunkData::new(data));
-                    }
-                    Err(corrupt) => SlotFault::Corrupt(corrupt.to_string()),
-                },
-                Err(fault) => fault,
-            };
-            if attempt == READ_ATTEMPTS {
-                self.drop_faulty(digest, file, &place, &fault);
-            }
+    /// Reads the chunk's slots. `None`: it is not here any more.
+    pub async fn load(&self, source: &ChunkSource, rank: Rank) -> Option<Loaded> {
+        self.0.state.borrow_mut().slots.touch(&source.digest, rank);
+        let (file, place) = self.find(&source.digest)?;
+        let content = self.read_place(file, &place).await;
+        Some(Loaded { file, place, content })
+    }
+
+    /// The verified chunk. `None`: what was read is not good; if it was the `last` attempt, the slots are given up, counted
+    /// and named, and the chunk has to be fetched. Large chunks are verified in slices, between which others run.
+    pub async fn verify(&self, source: &ChunkSource, loaded: Loaded, last: bool) -> Option<ChunkData> {
+        let Loaded { file, place, content } = loaded;
+        let fault = match content {
+            Ok((record, stored)) => match self.decode(source, &record, &stored).await {
+                Ok(data) => {
+                    let tally = &mut self.0.state.borrow_mut().tally;
+                    tally.hits += 1;
+                    tally.hit_bytes += data.len() as u64;
+                    return Some(ChunkData::new(data));
+                }
+                Err(corrupt) => SlotFault::Corrupt(corrupt.to_string()),
+            },
+            Err(fault) => fault,
+        };
+        if last {
+            self.drop_faulty(&source.digest, file, &place, &fault);
         }
-        self.note_miss();
         None
+    }
+
+    /// The content, if it is the chunk that is wanted.
+    async fn decode(&self, source: &ChunkSource, record: &Record, stored: &[u8]) -> Result<AlignedBytes, CorruptChunk> {
+        if mutation::on(Mutation::SlotNotVerified) && record.encoding == Encoding::Raw {
+            return Ok(stored.into());
+        }
+        let digest = match mutation::on(Mutation::SlotOfAnotherChunk) {
+            true => record.digest,
+            false => source.digest,
+        };
+        let (stored_len, encoding) = (record.stored_len, record.encoding);
+        let entry = ChunkEntry::Stored { pack: 0, offset: 0, stored_len, encoding, digest };
+        let mut decoder = ChunkDecoder::new(&entry, stored, source.chunk_len);
+        loop {
+            if let Step::Done(data) = decoder.step()? {
+                return Ok(data);
+            }
+            self.0.platform.yield_now().await;
+        }
     }
 
     /// `None` as file: its own.
@@ -445,20 +477,6 @@ fn check_slot(expected: &Record, slot: &[u8]) -> Result<(), SlotFault> {
         RecordRead::Valid(_) | RecordRead::Free => Err(SlotFault::Stale),
         RecordRead::Unreadable => Err(SlotFault::Corrupt("its record fails its checksum".into())),
     }
-}
-
-/// The content, if it is the chunk that is wanted.
-fn verify(source: &ChunkSource, record: &Record, stored: &[u8]) -> Result<AlignedBytes, CorruptChunk> {
-    if mutation::on(Mutation::SlotNotVerified) && record.encoding == Encoding::Raw {
-        return Ok(stored.into());
-    }
-    let digest = match mutation::on(Mutation::SlotOfAnotherChunk) {
-        true => record.digest,
-        false => source.digest,
-    };
-    let (stored_len, encoding) = (record.stored_len, record.encoding);
-    let entry = ChunkEntry::Stored { pack: 0, offset: 0, stored_len, encoding, digest };
-    decode_chunk(&entry, stored, source.chunk_len)
 }
 
 const _: () = assert!(PART_BYTES + RECORD_BYTES == SLOT_BYTES);

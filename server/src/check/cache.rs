@@ -1,4 +1,4 @@
-//! The disk cache in a data directory. Nothing in it is needed, so nothing about it is worse than a note.
+//! The disk cache, in the data directory or elsewhere. Nothing in it is needed, so nothing about it is worse than a note.
 #![allow(clippy::disallowed_methods)] // Runs in a tool, on no shard's thread.
 
 use std::collections::BTreeSet;
@@ -11,6 +11,7 @@ use super::{CheckError, Checker, Kind, files};
 use crate::cache::disk::files::{index_name, number_of, slots_name};
 use crate::cache::record::{HeadRead, PAGE_BYTES, RECORD_BYTES, Record, RecordRead, SLOT_BYTES, decode_head};
 use crate::cache::slots::{Place, places};
+use crate::datadir::CACHE_DIR;
 use crate::snapshot::{ChunkEntry, decode_chunk};
 
 /// Chunks of one slot file, by what came of reading them.
@@ -24,9 +25,17 @@ struct Found {
 
 impl Checker<'_> {
     /// Every chunk that the indexes name is read and verified, unless `quick`.
-    pub(super) fn cache(&mut self, dir: &Path) -> Result<(), CheckError> {
+    pub(super) fn cache(&mut self) -> Result<(), CheckError> {
+        let elsewhere = self.options.cache_dir.clone();
+        let named = elsewhere.is_some();
+        let dir = &elsewhere.unwrap_or_else(|| self.data.join(CACHE_DIR));
         let names = match files::names(dir) {
-            Err(CheckError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(CheckError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                if named {
+                    self.find(Kind::CacheUnusable, dir, "there is no such directory".into());
+                }
+                return Ok(());
+            }
             names => names?,
         };
         let mut numbers = BTreeSet::new();

@@ -23,7 +23,7 @@ use glommio::io::OpenOptions;
 use glommio::{GlommioError, Latency, Shares, TaskQueueHandle};
 
 pub use self::file::{GlommioFile, HELPERS, ReadBytes, WriteBytes};
-pub use self::http::GlommioHttp;
+pub use self::http::{GlommioHttp, Resolver};
 pub use self::net::{Acceptor, GlommioConnection, StreamReader, StreamWriter};
 use crate::platform::{DirEntry, OpenMode, Platform, Queue, SpaceInfo, Time};
 

@@ -15,7 +15,7 @@ mod file;
 mod objects;
 mod random;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -45,6 +45,8 @@ struct Core {
     disk: RefCell<Disk>,
     /// Randomness handed to the program.
     program_rng: RefCell<SimRng>,
+    /// Tasks given to the queue for what is urgent.
+    served: Cell<u64>,
 }
 
 /// One simulated machine. Dropping it ends its tasks.
@@ -60,6 +62,7 @@ impl SimWorld {
             executor: Executor::new(seed),
             disk: RefCell::new(Disk::new(seed)),
             program_rng: RefCell::new(SimRng::stream(seed, "program")),
+            served: Cell::new(0),
         };
         SimWorld { seed, core: Rc::new(core) }
     }
@@ -155,6 +158,12 @@ impl SimWorld {
     #[must_use]
     pub fn steps(&self) -> u64 {
         self.core.executor.steps()
+    }
+
+    /// Tasks that were given to [`Queue::Serve`] so far.
+    #[must_use]
+    pub fn served(&self) -> u64 {
+        self.core.served.get()
     }
 
     #[must_use]
@@ -336,7 +345,8 @@ impl Platform for Sim {
         executor::Yield::default().await;
     }
 
-    fn spawn(&self, _queue: Queue, task: impl Future<Output = ()> + 'static) {
+    fn spawn(&self, queue: Queue, task: impl Future<Output = ()> + 'static) {
+        self.core.served.update(|served| served + u64::from(queue == Queue::Serve));
         // The schedule is random: it contains every order that priorities between queues could give.
         self.core.executor.spawn(self.life, task_name(&task), Box::pin(task));
     }

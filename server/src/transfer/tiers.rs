@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::{ChunkSource, Digest, FetchClass, FetchReply, Fetched, Story, Tier, Transfer};
-use crate::cache::disk::DiskTier;
+use crate::cache::disk::{DiskTier, Loaded, READ_ATTEMPTS};
 use crate::cache::{Rank, TierStatus};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
@@ -62,26 +62,62 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         loop {
             let Some((class, source)) = self.0.reads.borrow_mut().start() else { return };
             let task_queue = queue_of(class);
-            self.0.platform.spawn(task_queue, self.clone().read_in_time(class, source, disk.clone()));
+            self.0.platform.spawn(task_queue, self.clone().read_disk(class, source, disk.clone()));
+        }
+    }
+
+    async fn read_disk(self, class: FetchClass, source: ChunkSource, disk: DiskTier<P>) {
+        let begun = self.0.platform.now();
+        let loaded = self.load_in_time(class, &source, &disk).await;
+        let transfer = self.0.platform.now().since(begun);
+        let urgent = self.0.reads.borrow().class_of(&source.digest).unwrap_or(class);
+        let rest = self.clone().verify_read(class, source, disk, loaded, transfer);
+        if queue_of(urgent) == queue_of(class) {
+            rest.await;
+        } else {
+            // Somebody more urgent joined meanwhile: what is left to do runs at their urgency.
+            self.0.platform.spawn(queue_of(urgent), rest);
         }
     }
 
     /// A disk that takes too long is left alone for a while, and its chunk is fetched.
-    async fn read_in_time(self, class: FetchClass, source: ChunkSource, disk: DiskTier<P>) {
-        let begun = self.0.platform.now();
+    async fn load_in_time(&self, class: FetchClass, source: &ChunkSource, disk: &DiskTier<P>) -> Option<Loaded> {
         let (sender, answer) = flume::bounded(1);
         let (reader, wanted) = (disk.clone(), source.clone());
         // A task of its own: I/O is never dropped half done.
         self.0.platform.spawn(queue_of(class), async move {
-            drop(sender.send(reader.read(&wanted, rank_of(class)).await));
+            drop(sender.send(reader.load(&wanted, rank_of(class)).await));
         });
         let found = within(&self.0.platform, DISK_READ_MAX, answer.recv_async()).await;
         if found.is_none() {
             disk.pause(&format!("a read took longer than {DISK_READ_MAX:?}"));
         }
-        let transfer = self.0.platform.now().since(begun);
-        let story = Story { tier: Tier::Disk, queue: Duration::ZERO, transfer, verify: Duration::ZERO };
-        let data = found.and_then(|found| found.ok().flatten());
+        found?.ok()?
+    }
+
+    async fn verify_read(
+        self,
+        class: FetchClass,
+        source: ChunkSource,
+        disk: DiskTier<P>,
+        mut loaded: Option<Loaded>,
+        transfer: Duration,
+    ) {
+        let begun = self.0.platform.now();
+        let mut data = None;
+        for attempt in 1..=READ_ATTEMPTS {
+            let Some(found) = loaded.take() else { break };
+            let last = attempt == READ_ATTEMPTS;
+            data = disk.verify(&source, found, last).await;
+            if data.is_none() && !last {
+                loaded = self.load_in_time(class, &source, &disk).await;
+            }
+        }
+        if data.is_none() {
+            disk.note_miss();
+        }
+        let verify = self.0.platform.now().since(begun);
+        let story = Story { tier: Tier::Disk, queue: Duration::ZERO, transfer, verify };
         self.read_done(class, &source, data.map(|data| Fetched { data, story }));
     }
 
@@ -144,3 +180,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         self.disk().map_or(Ok(()), DiskTier::check)
     }
 }
+
+#[cfg(test)]
+#[path = "tiers_tests.rs"]
+mod tests;

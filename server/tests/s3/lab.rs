@@ -165,6 +165,16 @@ pub fn counter(node: &Node, name: &str) -> u64 {
     node.commands.iter().map(of_shard).sum()
 }
 
+/// What the shards noted for the operator.
+pub fn events(node: &Node) -> Vec<String> {
+    let of_shard = |commands: &flume::Sender<Command>| {
+        let (reply, answer) = flume::bounded(1);
+        commands.send(Command::Stats { reply }).expect("send");
+        answer.recv().expect("stats").events
+    };
+    node.commands.iter().flat_map(of_shard).collect()
+}
+
 /// A client beside the node, as another process would be.
 pub fn attached<T>(node: &Node, run: impl AsyncFnOnce(Volume) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");

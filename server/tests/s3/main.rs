@@ -4,10 +4,13 @@
 #![allow(clippy::disallowed_methods)] // The test stands outside of the node, as a client and an operator do.
 
 mod clock;
+mod damage;
 mod faults;
 mod lab;
+mod names;
 mod proxy;
 mod refusals;
+#[allow(dead_code, reason = "the end-to-end tests use all of it")]
 mod server;
 mod tls;
 mod whole;

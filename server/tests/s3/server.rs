@@ -1,22 +1,64 @@
-//! A real S3 server on a thread of the test: `s3s-fs` over a scratch directory, on a free port of 127.0.0.1.
+//! A real S3 server on a thread of the test: `s3s-fs` over a scratch directory, on a free port of 127.0.0.1. It keeps a log of
+//! its requests, and holds answers back when it is told to.
 
 use std::net::{SocketAddr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
+use hyper::body::Incoming;
+use hyper::header::RANGE;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::TokioIo;
 use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s_fs::FileSystem;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 pub const KEY: &str = "AKIATEST";
 pub const SECRET: &str = "secret-of-the-test";
 pub const BUCKET: &str = "images";
 
+/// A request as it came, before it was answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Logged {
+    pub method: String,
+    /// With the bucket, without the query.
+    pub path: String,
+    /// The bytes asked for, if not all.
+    pub range: Option<Range<u64>>,
+}
+
+impl Logged {
+    fn of(request: &hyper::Request<Incoming>) -> Logged {
+        let range = request.headers().get(RANGE).and_then(|value| range_of(value.to_str().ok()?));
+        Logged { method: request.method().to_string(), path: request.uri().path().to_owned(), range }
+    }
+
+    /// Whether this asks for data of a pack.
+    pub fn gets_pack(&self) -> bool {
+        self.method == "GET" && self.path.contains("/packs/")
+    }
+}
+
+/// `bytes=FIRST-LAST`
+fn range_of(text: &str) -> Option<Range<u64>> {
+    let (first, last) = text.strip_prefix("bytes=")?.split_once('-')?;
+    Some(first.parse().ok()?..last.parse::<u64>().ok()? + 1)
+}
+
+/// What the server's thread shares with the test.
+struct Desk {
+    log: Mutex<Vec<Logged>>,
+    /// Pack data waits while this is `true`.
+    held: watch::Sender<bool>,
+}
+
 /// Ends with the test.
 pub struct S3Server {
     pub address: SocketAddr,
+    desk: Arc<Desk>,
     dir: tempfile::TempDir,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -32,9 +74,21 @@ impl S3Server {
         let service = builder.build();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("address");
+        let desk = Arc::new(Desk { log: Mutex::default(), held: watch::Sender::new(false) });
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::spawn(move || serve(listener, service, stopped));
-        S3Server { address, dir, stop: Some(stop), thread: Some(thread) }
+        let of_thread = desk.clone();
+        let thread = std::thread::spawn(move || serve(listener, service, of_thread, stopped));
+        S3Server { address, desk, dir, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Every request so far, in the order they came.
+    pub fn log(&self) -> Vec<Logged> {
+        self.desk.log.lock().expect("log").clone()
+    }
+
+    /// `true`: from now on requests for pack data are logged and not answered, until `false`.
+    pub fn hold(&self, held: bool) {
+        self.desk.held.send_replace(held);
     }
 
     /// The objects of the bucket are files here.
@@ -53,7 +107,7 @@ impl Drop for S3Server {
     }
 }
 
-fn serve(listener: TcpListener, service: S3Service, stopped: oneshot::Receiver<()>) {
+fn serve(listener: TcpListener, service: S3Service, desk: Arc<Desk>, stopped: oneshot::Receiver<()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     runtime.block_on(async move {
         listener.set_nonblocking(true).expect("nonblocking");
@@ -61,7 +115,22 @@ fn serve(listener: TcpListener, service: S3Service, stopped: oneshot::Receiver<(
         let accepting = async {
             loop {
                 let Ok((socket, _)) = listener.accept().await else { continue };
-                let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), service.clone());
+                let (desk, service) = (desk.clone(), service.clone());
+                let answer = service_fn(move |request| {
+                    let logged = Logged::of(&request);
+                    let mut held = desk.held.subscribe();
+                    let waits = logged.gets_pack();
+                    desk.log.lock().expect("log").push(logged);
+                    let answer = Service::call(&service, request);
+                    async move {
+                        if waits {
+                            // Fails when the test ends, and the server with it.
+                            let _ = held.wait_for(|held| !held).await;
+                        }
+                        answer.await
+                    }
+                });
+                let connection = http1::Builder::new().serve_connection(TokioIo::new(socket), answer);
                 tokio::task::spawn(async move {
                     let _ = connection.await;
                 });

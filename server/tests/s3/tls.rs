@@ -13,15 +13,16 @@ use volley_server::platform::blocking::open_store;
 use volley_server::types::HydrationRate;
 
 use crate::lab::{Lab, attached, stop, wait_hydrated};
+use crate::names::NAME;
 use crate::server::SECRET;
 
-/// A server's side for 127.0.0.1, and the certificate of its authority.
-fn authority() -> (Arc<ServerConfig>, String) {
+/// A server's side for 127.0.0.1 and for [`NAME`], and the certificate of its authority.
+pub fn authority() -> (Arc<ServerConfig>, String) {
     let mut params = CertificateParams::new(Vec::new()).expect("parameters");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("key")).expect("authority");
     let key = KeyPair::generate().expect("key");
-    let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("parameters");
+    let params = CertificateParams::new(vec!["127.0.0.1".to_owned(), NAME.to_owned()]).expect("parameters");
     let certificate = params.signed_by(&key, &ca).expect("certificate");
     let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))

@@ -22,6 +22,9 @@ pub struct CheckArgs {
     /// Where a volume store is, if it is not where the node last had it. May be repeated.
     #[arg(long = "store", value_name = "LABEL=PATH", value_parser = parse_store)]
     stores: Vec<(String, PathBuf)>,
+    /// Where the disk cache is, if neither in the data directory nor where the configuration file says.
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
     /// Look at files and extents only: read no volume, even if an object store is given.
     #[arg(long)]
     quick: bool,
@@ -43,9 +46,13 @@ pub fn run(globals: &Globals, args: CheckArgs) -> ExitCode {
 }
 
 fn checked(globals: &Globals, args: CheckArgs) -> CliResult<Report> {
-    let CheckArgs { dir, stores, quick } = args;
+    let CheckArgs { dir, stores, cache_dir, quick } = args;
     let object_store = globals.object_store.as_ref().map(|_| objects::chosen(globals)).transpose()?;
-    check::check(&dir, &Options { stores, object_store, quick }).map_err(|error| {
+    let cache_dir = match cache_dir {
+        Some(dir) => Some(dir),
+        None => objects::configuration(globals)?.cache.dir,
+    };
+    check::check(&dir, &Options { stores, object_store, cache_dir, quick }).map_err(|error| {
         let code = match &error {
             CheckError::DataDir(DataDirError::Locked { .. }) => "conflict",
             CheckError::DataDir(DataDirError::FutureFormat { .. }) => "unsupported",

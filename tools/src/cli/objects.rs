@@ -1,7 +1,5 @@
 //! The object store of a command: which one it is, and how it is opened.
 
-use std::path::Path;
-
 use volley_server::config::{Config, Overrides};
 use volley_server::object_store::any::StoreChoice;
 use volley_server::object_store::s3::Environment;
@@ -16,10 +14,7 @@ use super::{CliError, CliResult, Globals};
 /// Without one, or with one that is not understood.
 pub(super) fn chosen(globals: &Globals) -> CliResult<StoreChoice> {
     let invalid = |why: String| CliError::new("invalid", why);
-    let config = match &globals.config {
-        Some(file) => config_of(file)?,
-        None => Config::default(),
-    };
+    let config = configuration(globals)?;
     let missing = "no object store: give --object-store file:DIR or s3://BUCKET/PREFIX, or set VOLLEY_OBJECT_STORE";
     let url = globals.object_store.as_ref().or(config.object_store.as_ref());
     let url: ObjectStoreUrl = url.ok_or_else(|| invalid(missing.to_owned()))?.parse().map_err(invalid)?;
@@ -44,8 +39,13 @@ pub(super) fn open_or_create(globals: &Globals) -> CliResult<ToolStore> {
     Ok(open_store(&choice)?)
 }
 
-fn config_of(file: &Path) -> CliResult<Config> {
-    Config::load(Some(file), &Overrides::default()).map_err(|e| CliError::new("invalid", e.to_string()))
+/// What volleyd's configuration file says, or its defaults.
+///
+/// # Errors
+/// Names the file and what is wrong with it.
+pub(super) fn configuration(globals: &Globals) -> CliResult<Config> {
+    let config = Config::load(globals.config.as_deref(), &Overrides::default());
+    config.map_err(|e| CliError::new("invalid", e.to_string()))
 }
 
 impl From<ObjectError> for CliError {

@@ -16,6 +16,7 @@ mod image_file;
 mod images;
 mod ledger;
 mod lifecycle;
+mod one_get;
 mod recovery;
 mod s3;
 mod torture;

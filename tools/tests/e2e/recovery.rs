@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::crash::Guest;
 use crate::disk::{Disk, FileSystem};
 use crate::foreign::served;
-use crate::harness::{NodeOptions, Outcome, Site, available, run};
-use crate::image_file::CHUNK;
+use crate::harness::{NodeOptions, Outcome, Site, available, number, run};
+use crate::image_file::{CHUNK, MIB, write_image};
 
 fn check(site: &Site, args: &[&str]) -> Outcome {
     let data = site.data().display().to_string();
@@ -89,6 +89,43 @@ fn what_is_no_node_can_not_be_checked() {
         assert_eq!(outcome.code, 2, "{outcome:?}");
         assert!(outcome.stderr.contains(words) && outcome.stderr.lines().count() == 1, "{outcome:?}");
     }
+}
+
+#[test]
+fn a_cache_that_lies_elsewhere_is_checked_where_it_lies() {
+    let site = Site::new();
+    let ssd = site.path("ssd");
+    write_image(&site.path("image.raw"), 8 * MIB, 1);
+    site.import(&site.path("image.raw"), "debian-12");
+    let config = format!("cache.disk_bytes = \"64MiB\"\ncache.dir = \"{}\"\n", ssd.display());
+    let node = site.start(&NodeOptions { config, ..NodeOptions::default() });
+    node.volley(&site, &["cache", "warm", "debian-12"]).success();
+    assert!(node.stop().0.success());
+
+    assert_eq!(number(&report(&site, &[], 0), "cache_chunks"), 0, "it can't know");
+    let (config, ssd_dir) = (site.path("volley.toml").display().to_string(), ssd.display().to_string());
+    let [by_config, by_option] = [["--config", &config], ["--cache-dir", &ssd_dir]].map(|args| {
+        let report = report(&site, &args, 0);
+        (number(&report, "cache_chunks"), number(&report, "cache_chunks_corrupt"))
+    });
+    assert!(by_config.0 > 0 && by_config.1 == 0, "{by_config:?}");
+    assert_eq!(by_config, by_option);
+
+    // The first slot of a shard that has some: its record is valid, its content is not.
+    let slots = (0..2).map(|shard| ssd.join(format!("shard-{shard}.slots")));
+    let files = slots.map(|path| OpenOptions::new().read(true).write(true).open(path).expect("slot file"));
+    let mut byte = [0];
+    let at = 5000;
+    let file = files.into_iter().find(|file| file.read_exact_at(&mut byte, at).is_ok() && byte != [0]);
+    file.expect("a used slot").write_all_at(&[!byte[0]], at).expect("write");
+    for args in [["--config", &config], ["--cache-dir", &ssd_dir]] {
+        let report = report(&site, &args, 0);
+        assert_eq!(number(&report, "cache_chunks_corrupt"), 1, "{report}");
+        assert_eq!(kinds(&report), ["cache_corrupt"]);
+        assert!(report["findings"][0]["path"].as_str().expect("path").starts_with(&ssd_dir), "{report}");
+    }
+    let nowhere = site.path("nowhere").display().to_string();
+    assert_eq!(kinds(&report(&site, &["--config", &config, "--cache-dir", &nowhere], 0)), ["cache_unusable"]);
 }
 
 /// The journal's filesystem is not mounted, or somebody removed it: the node must not start as if it were new.

@@ -14,7 +14,7 @@ use server::{KEY, S3Server, SECRET, files_below};
 #[path = "../../../server/tests/s3/proxy.rs"]
 mod proxy;
 #[path = "../../../server/tests/s3/server.rs"]
-mod server;
+pub(crate) mod server;
 
 const URL: &str = "s3://images/prod";
 

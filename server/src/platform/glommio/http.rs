@@ -22,10 +22,11 @@ use hyper::Request;
 use hyper::body::{Bytes, Incoming};
 
 use self::connect::Connector;
+pub use self::connect::Resolver;
 use self::pool::{Kept, Pool};
 use super::{Glommio, off_reactor};
 use crate::object_store::s3::transport::{
-    HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpTransport, Method, split_url,
+    HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpTransport, Method, Origin, split_url,
 };
 
 /// A body's buffer is made in one piece up to here, and grows beyond it.
@@ -57,8 +58,13 @@ impl GlommioHttp {
     ///
     /// # Errors
     /// One line that names the file and what is wrong with it.
-    pub fn new(platform: Glommio, ca_file: Option<&Path>, connections_max: usize) -> Result<GlommioHttp, String> {
-        let connector = Connector::new(platform, ca_file)?;
+    pub fn new(
+        platform: Glommio,
+        resolver: Resolver,
+        ca_file: Option<&Path>,
+        connections_max: usize,
+    ) -> Result<GlommioHttp, String> {
+        let connector = Connector::new(platform, resolver, ca_file)?;
         let permits = Semaphore::new(connections_max as u64);
         Ok(GlommioHttp { inner: Rc::new(Inner { connector, pool: Pool::new(connections_max), permits }) })
     }
@@ -72,7 +78,10 @@ impl GlommioHttp {
         if let Some(kept) = pool.take(&origin) {
             match self.on(kept, true, request, host, path).await {
                 Err(Ended::Stale) => {}
-                Err(Ended::Failed(error)) => return Err(error),
+                Err(Ended::Failed(error)) => {
+                    self.doubt(&origin, &error);
+                    return Err(error);
+                }
                 Ok((response, kept)) => {
                     pool.keep(origin, kept);
                     return Ok(response);
@@ -84,14 +93,24 @@ impl GlommioHttp {
             let text = format!("no connection to {host} within {:?}", request.deadlines.connect);
             HttpError::new(HttpErrorKind::Unreachable, text)
         };
-        let fresh = within(request.deadlines.connect, connecting, late).await??;
-        match self.on(fresh, false, request, host, path).await {
-            Ok((response, kept)) => {
-                pool.keep(origin, kept);
-                Ok(response)
-            }
-            Err(Ended::Failed(error)) => Err(error),
-            Err(Ended::Stale) => Err(HttpError::new(HttpErrorKind::Broken, format!("{host} closed the connection"))),
+        let fresh = within(request.deadlines.connect, connecting, late).await.flatten();
+        let answered = match fresh {
+            Ok(fresh) => self.on(fresh, false, request, host, path).await.map_err(|ended| match ended {
+                Ended::Failed(error) => error,
+                Ended::Stale => HttpError::new(HttpErrorKind::Broken, format!("{host} closed the connection")),
+            }),
+            Err(error) => Err(error),
+        };
+        let (response, kept) = answered.inspect_err(|error| self.doubt(&origin, error))?;
+        pool.keep(origin, kept);
+        Ok(response)
+    }
+
+    /// No answer: the name may lead elsewhere by now, and a peer that is silent is silent on its other connections too.
+    fn doubt(&self, origin: &Origin, error: &HttpError) {
+        self.inner.connector.forget(origin);
+        if error.kind == HttpErrorKind::Timeout {
+            self.inner.pool.forget(origin);
         }
     }
 

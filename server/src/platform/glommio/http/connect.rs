@@ -1,6 +1,7 @@
 //! New connections: name look-up off the reactor, TCP, TLS, and the task that drives HTTP on it.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::Path;
@@ -29,14 +30,39 @@ const ADDRESSES_LIFE: Duration = Duration::from_secs(30);
 /// hyper's read buffer grows up to this: a chunk in a few reads.
 const READ_BUFFER_BYTES_MAX: usize = 512 << 10;
 
+type LookUp = dyn Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync;
+
+/// How names become addresses: the C library's way, unless a test has its own. It may block.
+#[derive(Clone)]
+pub struct Resolver(Arc<LookUp>);
+
+impl Resolver {
+    pub fn new(look_up: impl Fn(&str, u16) -> io::Result<Vec<SocketAddr>> + Send + Sync + 'static) -> Resolver {
+        Resolver(Arc::new(look_up))
+    }
+}
+
+impl Default for Resolver {
+    fn default() -> Resolver {
+        Resolver::new(|host, port| (host, port).to_socket_addrs().map(Iterator::collect))
+    }
+}
+
+impl fmt::Debug for Resolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Resolver")
+    }
+}
+
 pub(super) struct Connector {
     platform: Glommio,
+    resolver: Resolver,
     tls: TlsConnector,
     addresses: RefCell<HashMap<Origin, (Instant, Vec<SocketAddr>)>>,
 }
 
 impl Connector {
-    pub(super) fn new(platform: Glommio, ca_file: Option<&Path>) -> Result<Connector, String> {
+    pub(super) fn new(platform: Glommio, resolver: Resolver, ca_file: Option<&Path>) -> Result<Connector, String> {
         let roots = match ca_file {
             Some(path) => roots_of(path)?,
             None => webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect(),
@@ -46,18 +72,17 @@ impl Connector {
             .map_err(|e| format!("TLS: {e}"))?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        Ok(Connector { platform, tls: TlsConnector::from(Arc::new(config)), addresses: RefCell::default() })
+        let tls = TlsConnector::from(Arc::new(config));
+        Ok(Connector { platform, resolver, tls, addresses: RefCell::default() })
+    }
+
+    /// What was remembered of the origin's name led to no answer: the next connection asks for its addresses anew.
+    pub(super) fn forget(&self, origin: &Origin) {
+        self.addresses.borrow_mut().remove(origin);
     }
 
     pub(super) async fn connect(&self, origin: &Origin) -> Result<Kept, HttpError> {
-        let stream = match self.tcp(origin).await {
-            Ok(stream) => stream,
-            Err(error) => {
-                // The next attempt asks for the addresses anew.
-                self.addresses.borrow_mut().remove(origin);
-                return Err(error);
-            }
-        };
+        let stream = self.tcp(origin).await?;
         let stream = match origin.tls {
             true => Stream::Tls(Box::new(self.handshake(origin, stream).await?)),
             false => Stream::Tcp(stream),
@@ -114,20 +139,19 @@ impl Connector {
         {
             return Ok(addresses.clone());
         }
-        let found = look_up(host.clone(), *port).await.map_err(|e| unreachable(host, *port, &e))?;
+        let found =
+            look_up(self.resolver.clone(), host.clone(), *port).await.map_err(|e| unreachable(host, *port, &e))?;
         self.addresses.borrow_mut().insert(origin.clone(), (Instant::now(), found.clone()));
         Ok(found)
     }
 }
 
-/// The C library's look-up, on a thread of its own: it may take as long as it likes, and the executor's helper threads
-/// have directories to sync.
-async fn look_up(host: String, port: u16) -> io::Result<Vec<SocketAddr>> {
+/// On a thread of its own: it may take as long as it likes, and the executor's helper threads have directories to sync.
+async fn look_up(resolver: Resolver, host: String, port: u16) -> io::Result<Vec<SocketAddr>> {
     let (answer, asked) = oneshot::channel();
     let look = move || {
-        let found = (host.as_str(), port).to_socket_addrs().map(|found| found.collect());
         // The request may be gone by now.
-        let _ = answer.send(found);
+        let _ = answer.send((resolver.0)(&host, port));
     };
     std::thread::Builder::new().name("volley-resolve".to_owned()).spawn(look)?;
     asked.await.unwrap_or_else(|_| Err(io::Error::other("the look-up was given up")))

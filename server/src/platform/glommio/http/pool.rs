@@ -14,8 +14,12 @@ use crate::object_store::s3::transport::Origin;
 /// Stores close idle connections after some ten seconds; one that is closed as we write costs another attempt.
 const IDLE_MAX: Duration = Duration::from_secs(15);
 
+/// A name may lead elsewhere while its old address still answers: by then all connections have followed it.
+const LIFE_MAX: Duration = Duration::from_secs(60);
+
 /// A connection without a request. Dropping it closes the socket.
 pub(super) struct Kept {
+    made: Instant,
     pub(super) sender: SendRequest<Full<Bytes>>,
     /// The connection's task ends when this is dropped.
     _open: oneshot::Sender<()>,
@@ -23,7 +27,7 @@ pub(super) struct Kept {
 
 impl Kept {
     pub(super) fn new(sender: SendRequest<Full<Bytes>>, open: oneshot::Sender<()>) -> Kept {
-        Kept { sender, _open: open }
+        Kept { made: Instant::now(), sender, _open: open }
     }
 }
 
@@ -46,7 +50,15 @@ impl Pool {
         kept.pop().map(|(_, connection)| connection)
     }
 
+    /// Closes what waits.
+    pub(super) fn forget(&self, origin: &Origin) {
+        self.idle.borrow_mut().remove(origin);
+    }
+
     pub(super) fn keep(&self, origin: Origin, connection: Kept) {
+        if connection.made.elapsed() >= LIFE_MAX {
+            return;
+        }
         let mut idle = self.idle.borrow_mut();
         let kept = idle.entry(origin).or_default();
         kept.retain(|(since, connection)| since.elapsed() < IDLE_MAX && !connection.sender.is_closed());
