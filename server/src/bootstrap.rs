@@ -61,6 +61,7 @@ pub struct NodeConfig {
     pub retry: RetryPolicy,
     /// Rates are the whole node's.
     pub fetch_limits: QueueLimits,
+    pub readahead_bytes_max: u64,
     pub trace_slow: Option<Duration>,
 }
 
@@ -111,6 +112,8 @@ impl NodeConfig {
                 get_bytes_max: config.hydration.read_bytes_max.0,
                 share: config.transfer.share,
             },
+            // Without sharing the reader would not find what was fetched ahead of it.
+            readahead_bytes_max: if config.transfer.share { config.transfer.readahead_bytes_max.0 } else { 0 },
             trace_slow: Some(config.trace_slow.0).filter(|slow| !slow.is_zero()),
         })
     }
@@ -300,6 +303,7 @@ fn shard_config(
         guest_deadline: config.guest_deadline,
         retry: config.retry,
         fetch_limits: config.fetch_limits.share(shards),
+        readahead_bytes_max: config.readahead_bytes_max,
         trace_slow: config.trace_slow,
     }
 }

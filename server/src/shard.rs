@@ -3,6 +3,7 @@
 //! A [`Shard`] is a cheap handle; all state has one owner thread. Requests for volumes of other shards are passed on
 //! by message. Nothing here knows glommio, std time, files or threads: see [`crate::platform`].
 
+mod ahead;
 pub mod api;
 mod caching;
 mod commands;
@@ -13,6 +14,7 @@ mod invariants;
 mod locks;
 mod manifests;
 pub mod mesh;
+pub mod readahead;
 pub mod residency;
 pub(crate) mod signal;
 pub mod stats;
@@ -81,6 +83,8 @@ pub struct ShardConfig {
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
+    /// How far ahead of a guest that reads in order absent chunks are fetched; 0: not at all.
+    pub readahead_bytes_max: u64,
     /// Guest reads that take longer are logged with their stages.
     pub trace_slow: Option<Duration>,
 }
@@ -106,6 +110,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     /// Volumes with something that the next upkeep makes durable.
     dirty: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
     miss_fills: Cell<usize>,
+    /// Bytes of chunks on their way ahead of their readers.
+    ahead_bytes: Cell<u64>,
     /// Images being warmed, or that were.
     warming: RefCell<Vec<caching::Warming>>,
     in_flight: Cell<u64>,
@@ -174,6 +180,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             reserved: RefCell::default(),
             dirty: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(29, 30, 31, 32))),
             miss_fills: Cell::new(0),
+            ahead_bytes: Cell::new(0),
             warming: RefCell::default(),
             in_flight: Cell::new(0),
             stopping: Cell::new(false),

@@ -284,7 +284,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             };
             let task_queue = match plan.class {
                 FetchClass::Background => Queue::Background,
-                FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
+                FetchClass::Priority | FetchClass::ReadAhead | FetchClass::BootSet => Queue::Serve,
             };
             let transfer = self.clone();
             self.0.platform.spawn(task_queue, async move { transfer.run(plan).await });

@@ -94,6 +94,9 @@ bandwidth = "{bandwidth}"
 gets_per_second = {gets_per_second}
 # Of 100 GETs that guests wait for so many may be sent a second time when they are slower than 95 of 100. 0: none.
 hedge_percent = {hedge_percent}
+# How far ahead of a guest that reads in order absent chunks are fetched. "0": not at all; it reaches no further than twice
+# what the guest has read in order.
+readahead_bytes_max = "{readahead_bytes_max}"
 # Price of 1,000,000 GETs, in any unit of money: `volley ledger` multiplies by it.
 price_per_million_gets = {price_per_million_gets}
 
@@ -124,6 +127,7 @@ corrupt_attempts = {corrupt_attempts}
         bandwidth = transfer.bandwidth,
         gets_per_second = transfer.gets_per_second,
         hedge_percent = transfer.hedge_percent,
+        readahead_bytes_max = transfer.readahead_bytes_max,
         price_per_million_gets = transfer.price_per_million_gets,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,

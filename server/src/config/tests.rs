@@ -51,6 +51,7 @@ fn printing_covers_every_key() {
             bandwidth: Bandwidth(Some(5 << 20)),
             gets_per_second: 70,
             hedge_percent: 3,
+            readahead_bytes_max: ByteSize(3 << 20),
             price_per_million_gets: 40,
         },
         deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },

@@ -148,6 +148,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         volume.counters.reads.add(1);
         volume.counters.read_bytes.add(range.len);
         volume.account.asked_bytes.add(range.len);
+        self.read_ahead(&volume, range.chunks(&volume));
         let mut out = vec![0; len as usize];
         if volume.map.borrow().is_resident(range.sectors()) {
             self.read_resident(&volume, range, &mut out).await?;
@@ -293,25 +294,41 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Fills the volume behind an answered read: at once while the store's hydration share lasts, else the hydrator
     /// owes it and later misses are answered from the cache again.
     fn fill_behind(&self, volume: &Rc<Volume<P>>, chunk: u32, content: Content) {
-        let store = &self.0.stores[volume.store];
         let bytes = content.bytes().len() as u64;
-        let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
-        if over || store.budget.borrow_mut().take(bytes, self.0.platform.now()).is_err() {
-            self.0.counters.fills_deferred.add(1);
-            volume.hydration.borrow_mut().owed.insert(chunk);
-            self.wake_hydrator(volume);
+        if !self.may_fill(volume, chunk, bytes) {
             return;
         }
         self.0.miss_fills.set(self.0.miss_fills.get() + 1);
         let (shard, volume) = (self.clone(), volume.clone());
         self.0.platform.spawn(Queue::Serve, async move {
             if let Err(error) = shard.fill(&volume, chunk, &content).await {
-                shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
-                volume.hydration.borrow_mut().owed.insert(chunk);
-                shard.wake_hydrator(&volume);
+                shard.owe(&volume, chunk, &error);
             }
             shard.0.miss_fills.set(shard.0.miss_fills.get() - 1);
         });
+    }
+
+    /// Whether an absent chunk may be filled at once; if so the store's share is charged, if not it is owed.
+    pub(super) fn may_fill(&self, volume: &Volume<P>, chunk: u32, bytes: u64) -> bool {
+        if volume.map.borrow().is_chunk_resident(chunk) {
+            return false;
+        }
+        let store = &self.0.stores[volume.store];
+        let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
+        if over || store.budget.borrow_mut().take(bytes, self.0.platform.now()).is_err() {
+            self.0.counters.fills_deferred.add(1);
+            volume.hydration.borrow_mut().owed.insert(chunk);
+            self.wake_hydrator(volume);
+            return false;
+        }
+        true
+    }
+
+    /// A fill failed: the hydrator tries again.
+    pub(super) fn owe(&self, volume: &Volume<P>, chunk: u32, error: &Error) {
+        self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);
+        volume.hydration.borrow_mut().owed.insert(chunk);
+        self.wake_hydrator(volume);
     }
 
     async fn fill(&self, volume: &Rc<Volume<P>>, chunk: u32, content: &Content) -> Result<()> {

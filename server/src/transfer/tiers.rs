@@ -19,14 +19,14 @@ const DISK_READ_MAX: Duration = Duration::from_millis(500);
 pub(super) fn rank_of(class: FetchClass) -> Rank {
     match class {
         FetchClass::Background => Rank::Low,
-        FetchClass::Priority | FetchClass::BootSet => Rank::Normal,
+        FetchClass::Priority | FetchClass::ReadAhead | FetchClass::BootSet => Rank::Normal,
     }
 }
 
 fn queue_of(class: FetchClass) -> Queue {
     match class {
         FetchClass::Background => Queue::Background,
-        FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
+        FetchClass::Priority | FetchClass::ReadAhead | FetchClass::BootSet => Queue::Serve,
     }
 }
 

@@ -73,6 +73,7 @@ pub struct Options {
     pub hydration_bandwidth: Option<u64>,
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
+    pub readahead_bytes_max: u64,
 }
 
 impl Default for Options {
@@ -86,6 +87,7 @@ impl Default for Options {
             hydration_bandwidth: None,
             retry: RetryPolicy::default(),
             fetch_limits: QueueLimits::default(),
+            readahead_bytes_max: 0,
         }
     }
 }
@@ -125,6 +127,7 @@ impl Node {
             guest_deadline: options.guest_deadline,
             retry: options.retry,
             fetch_limits: options.fetch_limits,
+            readahead_bytes_max: options.readahead_bytes_max,
             trace_slow: None,
         };
         let mut journals = Vec::new();
