@@ -55,6 +55,7 @@ pub struct NodeConfig {
     pub idle_poll: Duration,
     /// RAM cache of the whole node.
     pub cache_bytes: u64,
+    pub pin_waves: Duration,
     /// Disk cache of the whole node.
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
@@ -93,6 +94,7 @@ impl NodeConfig {
             cores: config.cores,
             idle_poll: config.idle_poll.0,
             cache_bytes: config.cache.ram_bytes.0,
+            pin_waves: config.cache.pin_waves.0,
             disk_cache: config.disk_cache(),
             guest_deadline: config.deadlines.guest_read.0,
             retry: RetryPolicy {
@@ -299,6 +301,7 @@ fn shard_config(
         shard_map: shard_map.clone(),
         stores: config.stores.clone(),
         cache_bytes: usize::try_from(config.cache_bytes).unwrap_or(usize::MAX) / shards,
+        pin_waves: config.pin_waves,
         disk_cache: config.disk_cache.clone(),
         guest_deadline: config.guest_deadline,
         retry: config.retry,

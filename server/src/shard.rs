@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::budget::TokenBucket;
+use crate::cache::RamLimits;
 use crate::cache::disk::DiskCacheConfig;
 use crate::connection::Connections;
 use crate::error::{Error, Result, Status};
@@ -77,6 +78,8 @@ pub struct ShardConfig {
     pub stores: Vec<StoreConfig>,
     /// This shard's part of the RAM cache.
     pub cache_bytes: usize,
+    /// What guests of a wave ask for stays in it for so long; zero: not at all.
+    pub pin_waves: Duration,
     /// The disk cache of the whole node; `None`: there is none.
     pub disk_cache: Option<DiskCacheConfig>,
     /// A guest request that needs the object store is answered with an error after this.
@@ -149,7 +152,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let transfer = Transfer::new(
             platform.clone(),
             objects.clone(),
-            config.cache_bytes,
+            RamLimits { bytes: config.cache_bytes, pin_waves: config.pin_waves },
             config.fetch_limits,
             config.retry,
             counters.clone(),
@@ -260,7 +263,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let inbox = self.0.mesh.inbox.clone();
         while let Ok(message) = inbox.recv_async().await {
             match message {
-                MeshMessage::Fetch { wanted, class } => self.0.transfer.fetch(wanted, class),
+                MeshMessage::Fetch { wanted, class, wave } => self.0.transfer.fetch(wanted, class, wave),
                 MeshMessage::ConnectionLost { volume, from } => self.drop_attachment(volume, from),
                 MeshMessage::Request { request, from, reply } => {
                     let shard = self.clone();
@@ -292,6 +295,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn adopt(&self, volume: Rc<Volume<P>>) {
         self.0.names.borrow_mut().insert(volume.spec.name.clone(), volume.spec.id);
         self.0.volumes.borrow_mut().insert(volume.spec.id, volume.clone());
+        volume.account.volumes.set(volume.account.volumes.get() + 1);
         if !volume.hydrated.get() {
             if volume.map.borrow().is_full() {
                 self.note_dirty(&volume);

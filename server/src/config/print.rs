@@ -69,6 +69,9 @@ trace_slow = "{trace_slow}"
 [cache]
 # RAM for chunks of the whole node, split evenly over the shards.
 ram_bytes = "{ram_bytes}"
+# What guests of a batch of several volumes ask for stays in RAM (at most half of it) until none has asked for so long.
+# "0s": it is evicted like anything else.
+pin_waves = "{pin_waves}"
 # Disk for chunks of the whole node, so that a restart stays warm. "0" is no disk cache; else at least 64MiB.
 disk_bytes = "{disk_bytes}"
 # Where the disk cache lies: <data>/cache unless given. It may be lost at any time.
@@ -119,6 +122,7 @@ corrupt_attempts = {corrupt_attempts}
         http = text(http),
         log = text(log),
         ram_bytes = cache.ram_bytes,
+        pin_waves = cache.pin_waves,
         disk_bytes = cache.disk_bytes,
         reads_max = hydration.reads_max,
         background_reads_max = hydration.background_reads_max,

@@ -37,6 +37,7 @@ fn printing_covers_every_key() {
         trace_slow: Span(Duration::from_millis(20)),
         cache: CacheConfig {
             ram_bytes: ByteSize(64 << 20),
+            pin_waves: Span(Duration::from_secs(7)),
             disk_bytes: ByteSize(3 << 30),
             dir: Some(PathBuf::from("/mnt/\"fast\"/cache")),
         },

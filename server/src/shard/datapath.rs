@@ -271,6 +271,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) fn request(&self, sources: Vec<ChunkSource>, class: FetchClass) -> Vec<Answer> {
         let mut by_owner: Vec<Vec<_>> = (0..self.0.config.shards).map(|_| Vec::new()).collect();
         let mut answers = Vec::with_capacity(sources.len());
+        let asked_by_guests = sources.first().filter(|_| class <= FetchClass::ReadAhead);
+        let wave = asked_by_guests.is_some_and(|source| self.0.transfer.account(&source.origin).is_wave());
         for source in sources {
             let (sender, receiver) = flume::bounded(1);
             by_owner[source.owner(self.0.config.shards)].push((source, sender));
@@ -281,8 +283,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 continue;
             }
             if owner == self.0.config.shard {
-                self.0.transfer.fetch(wanted, class);
-            } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::Fetch { wanted, class }) {
+                self.0.transfer.fetch(wanted, class, wave);
+            } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::Fetch { wanted, class, wave }) {
                 // The senders inside the message are gone: the answers below say so.
                 self.0.counters.requests_refused_busy.add(1);
                 tracing::debug!(%error, "fetch not sent");

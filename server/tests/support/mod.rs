@@ -68,6 +68,7 @@ pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zer
 pub struct Options {
     pub shards: usize,
     pub cache_bytes: usize,
+    pub pin_waves: Duration,
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
@@ -82,6 +83,7 @@ impl Default for Options {
         Options {
             shards: 1,
             cache_bytes: 4 << 20,
+            pin_waves: Duration::ZERO,
             disk_cache: None,
             guest_deadline,
             hydration_bandwidth: None,
@@ -123,6 +125,7 @@ impl Node {
                 hydration_bandwidth: options.hydration_bandwidth,
             }],
             cache_bytes: options.cache_bytes,
+            pin_waves: options.pin_waves,
             disk_cache: options.disk_cache.clone(),
             guest_deadline: options.guest_deadline,
             retry: options.retry,
