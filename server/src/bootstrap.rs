@@ -57,12 +57,14 @@ pub struct NodeConfig {
     pub idle_poll: Duration,
     /// RAM cache of the whole node.
     pub cache_bytes: u64,
+    pub pin_waves: Duration,
     /// Disk cache of the whole node.
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
     /// Rates are the whole node's.
     pub fetch_limits: QueueLimits,
+    pub readahead_bytes_max: u64,
     pub trace_slow: Option<Duration>,
 }
 
@@ -95,6 +97,7 @@ impl NodeConfig {
             cores: config.cores,
             idle_poll: config.idle_poll.0,
             cache_bytes: config.cache.ram_bytes.0,
+            pin_waves: config.cache.pin_waves.0,
             disk_cache: config.disk_cache(),
             guest_deadline: config.deadlines.guest_read.0,
             retry: RetryPolicy {
@@ -114,6 +117,8 @@ impl NodeConfig {
                 get_bytes_max: config.hydration.read_bytes_max.0,
                 share: config.transfer.share,
             },
+            // Without sharing the reader would not find what was fetched ahead of it.
+            readahead_bytes_max: if config.transfer.share { config.transfer.readahead_bytes_max.0 } else { 0 },
             trace_slow: Some(config.trace_slow.0).filter(|slow| !slow.is_zero()),
         })
     }
@@ -300,10 +305,12 @@ fn shard_config(
         shard_map: shard_map.clone(),
         stores: config.stores.clone(),
         cache_bytes: usize::try_from(config.cache_bytes).unwrap_or(usize::MAX) / shards,
+        pin_waves: config.pin_waves,
         disk_cache: config.disk_cache.clone(),
         guest_deadline: config.guest_deadline,
         retry: config.retry,
         fetch_limits: config.fetch_limits.share(shards),
+        readahead_bytes_max: config.readahead_bytes_max,
         trace_slow: config.trace_slow,
     }
 }

@@ -10,6 +10,7 @@ pub mod s3fifo;
 pub mod slots;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::platform::AlignedBytes;
 use crate::transfer::Digest;
@@ -27,6 +28,8 @@ pub struct TierStatus {
     pub chunks: u64,
     /// Bytes that eviction leaves alone.
     pub pinned_bytes: u64,
+    /// Of those, what guests of a wave asked for.
+    pub wave_pinned_bytes: u64,
     pub hits: u64,
     pub hit_bytes: u64,
     pub misses: u64,
@@ -49,6 +52,7 @@ impl TierStatus {
         self.used_bytes += other.used_bytes;
         self.chunks += other.chunks;
         self.pinned_bytes += other.pinned_bytes;
+        self.wave_pinned_bytes += other.wave_pinned_bytes;
         self.hits += other.hits;
         self.hit_bytes += other.hit_bytes;
         self.misses += other.misses;
@@ -103,6 +107,14 @@ pub fn tier_gauges(ram: &TierStatus, disk: Option<&TierStatus>) -> Vec<Sample> {
     }
 }
 
+/// What the RAM tier of one shard may do.
+#[derive(Clone, Copy, Debug)]
+pub struct RamLimits {
+    pub bytes: usize,
+    /// What guests of a wave asked for is kept for so long; zero: not at all.
+    pub pin_waves: Duration,
+}
+
 /// The RAM tier of one shard.
 pub struct ChunkCache {
     chunks: S3Fifo<ChunkData>,
@@ -147,6 +159,12 @@ impl ChunkCache {
         self.tally.evicted += self.chunks.make_room(cost).len() as u64;
         self.tally.inserted += 1;
         self.chunks.insert(digest, data, cost, rank);
+    }
+
+    /// Whether so much more may be pinned.
+    #[must_use]
+    pub fn can_pin(&self, cost: usize) -> bool {
+        self.chunks.can_pin(cost)
     }
 
     /// See [`S3Fifo::pin`].

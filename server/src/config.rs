@@ -62,6 +62,8 @@ pub struct Config {
 pub struct CacheConfig {
     /// RAM for chunks of the whole node, split evenly over the shards.
     pub ram_bytes: ByteSize,
+    /// What guests of a batch of volumes ask for stays in RAM until none has asked for so long; 0s: not at all.
+    pub pin_waves: Span,
     /// Disk for chunks of the whole node, split evenly over the shards; 0: no disk cache.
     pub disk_bytes: ByteSize,
     /// Where the disk cache lies; `<data>/cache` if not given.
@@ -155,6 +157,8 @@ pub const CORES_MAX: usize = 1024;
 pub const IDLE_POLL_MAX: Duration = Duration::from_millis(10);
 /// Below this a shard could not even hold the chunks in flight.
 pub const CACHE_RAM_BYTES_MIN: u64 = 8 << 20;
+/// What was not asked for in an hour is no longer a wave's.
+pub const PIN_WAVES_MAX: Duration = Duration::from_secs(3600);
 /// Below this a shard's part could not hold the chunks of one large read.
 pub const CACHE_DISK_BYTES_MIN: u64 = 64 << 20;
 /// Label of the store that exists when none is configured.
@@ -184,7 +188,12 @@ impl Default for Config {
 
 impl Default for CacheConfig {
     fn default() -> CacheConfig {
-        CacheConfig { ram_bytes: ByteSize(256 << 20), disk_bytes: ByteSize(0), dir: None }
+        CacheConfig {
+            ram_bytes: ByteSize(256 << 20),
+            pin_waves: Span(Duration::from_secs(60)),
+            disk_bytes: ByteSize(0),
+            dir: None,
+        }
     }
 }
 
@@ -312,6 +321,9 @@ impl Config {
         if self.cache.ram_bytes.0 < CACHE_RAM_BYTES_MIN {
             let min = ByteSize(CACHE_RAM_BYTES_MIN);
             return fail(format!("cache.ram_bytes: {} is less than {min}", self.cache.ram_bytes));
+        }
+        if self.cache.pin_waves.0 > PIN_WAVES_MAX {
+            return fail(format!("cache.pin_waves: {} is more than {}", self.cache.pin_waves, Span(PIN_WAVES_MAX)));
         }
         if self.cache.disk_bytes.0 != 0 && self.cache.disk_bytes.0 < CACHE_DISK_BYTES_MIN {
             let min = ByteSize(CACHE_DISK_BYTES_MIN);

@@ -3,6 +3,7 @@
 //! A [`Shard`] is a cheap handle; all state has one owner thread. Requests for volumes of other shards are passed on
 //! by message. Nothing here knows glommio, std time, files or threads: see [`crate::platform`].
 
+mod ahead;
 pub mod api;
 mod caching;
 mod commands;
@@ -14,6 +15,7 @@ mod invariants;
 mod locks;
 mod manifests;
 pub mod mesh;
+pub mod readahead;
 pub mod residency;
 pub(crate) mod signal;
 pub mod stats;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::budget::TokenBucket;
+use crate::cache::RamLimits;
 use crate::cache::disk::DiskCacheConfig;
 use crate::connection::Connections;
 use crate::error::{Error, Result, Status};
@@ -76,12 +79,16 @@ pub struct ShardConfig {
     pub stores: Vec<StoreConfig>,
     /// This shard's part of the RAM cache.
     pub cache_bytes: usize,
+    /// What guests of a wave ask for stays in it for so long; zero: not at all.
+    pub pin_waves: Duration,
     /// The disk cache of the whole node; `None`: there is none.
     pub disk_cache: Option<DiskCacheConfig>,
     /// A guest request that needs the object store is answered with an error after this.
     pub guest_deadline: Duration,
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
+    /// How far ahead of a guest that reads in order absent chunks are fetched; 0: not at all.
+    pub readahead_bytes_max: u64,
     /// Guest reads that take longer are logged with their stages.
     pub trace_slow: Option<Duration>,
 }
@@ -107,6 +114,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     /// Volumes with something that the next upkeep makes durable.
     dirty: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
     miss_fills: Cell<usize>,
+    /// Bytes of chunks on their way ahead of their readers.
+    ahead_bytes: Cell<u64>,
     /// Images being warmed, or that were.
     warming: RefCell<Vec<caching::Warming>>,
     in_flight: Cell<u64>,
@@ -144,7 +153,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let transfer = Transfer::new(
             platform.clone(),
             objects.clone(),
-            config.cache_bytes,
+            RamLimits { bytes: config.cache_bytes, pin_waves: config.pin_waves },
             config.fetch_limits,
             config.retry,
             counters.clone(),
@@ -175,6 +184,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             reserved: RefCell::default(),
             dirty: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(29, 30, 31, 32))),
             miss_fills: Cell::new(0),
+            ahead_bytes: Cell::new(0),
             warming: RefCell::default(),
             in_flight: Cell::new(0),
             stopping: Cell::new(false),
@@ -254,7 +264,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let inbox = self.0.mesh.inbox.clone();
         while let Ok(message) = inbox.recv_async().await {
             match message {
-                MeshMessage::Fetch { wanted, class } => self.0.transfer.fetch(wanted, class),
+                MeshMessage::Fetch { wanted, class, wave } => self.0.transfer.fetch(wanted, class, wave),
                 MeshMessage::ConnectionLost { volume, from } => self.drop_attachment(volume, from),
                 MeshMessage::Request { request, from, reply } => {
                     let shard = self.clone();
@@ -286,6 +296,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn adopt(&self, volume: Rc<Volume<P>>) {
         self.0.names.borrow_mut().insert(volume.spec.name.clone(), volume.spec.id);
         self.0.volumes.borrow_mut().insert(volume.spec.id, volume.clone());
+        volume.account.volumes.set(volume.account.volumes.get() + 1);
         if !volume.hydrated.get() {
             if volume.map.borrow().is_full() {
                 self.note_dirty(&volume);

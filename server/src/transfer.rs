@@ -9,6 +9,7 @@ mod hedge;
 pub mod ledger;
 mod queue;
 mod tiers;
+mod waves;
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
@@ -20,7 +21,7 @@ pub use queue::{FetchClass, FetchQueue, GetPlan, Next, QueueLimits};
 
 use crate::cache::disk::DiskTier;
 use crate::cache::reads::ReadQueue;
-use crate::cache::{ChunkCache, ChunkData, Rank};
+use crate::cache::{ChunkCache, ChunkData, RamLimits, Rank};
 use crate::error::Result;
 use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectBytes, ObjectStore};
@@ -29,6 +30,7 @@ use crate::shard::stats::{Counters, StageTimes};
 use crate::snapshot::{ChunkEntry, Manifest};
 use hedge::Hedge;
 use ledger::{Account, Ledger, Origin};
+use waves::Waves;
 
 /// BLAKE3 digest of a chunk's content: its name.
 pub type Digest = [u8; 32];
@@ -155,6 +157,7 @@ struct Inner<P: Platform, O: ObjectStore> {
     queue: RefCell<FetchQueue<FetchReply>>,
     hedge: RefCell<Hedge>,
     cache: RefCell<ChunkCache>,
+    waves: RefCell<Waves>,
     disk: OnceCell<DiskTier<P>>,
     reads: RefCell<ReadQueue<FetchReply>>,
     /// A task waits for the budgets.
@@ -177,14 +180,14 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     pub fn new(
         platform: P,
         objects: O,
-        cache_bytes: usize,
+        ram: RamLimits,
         limits: QueueLimits,
         retry: RetryPolicy,
         counters: Rc<Counters>,
         stages: Rc<StageTimes>,
     ) -> Self {
         let queue = RefCell::new(FetchQueue::new(limits, platform.now()));
-        let cache = RefCell::new(ChunkCache::new(cache_bytes));
+        let cache = RefCell::new(ChunkCache::new(ram.bytes));
         let hedge = RefCell::new(Hedge::new(retry.hedge_percent));
         Transfer(Rc::new(Inner {
             platform,
@@ -196,6 +199,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             queue,
             hedge,
             cache,
+            waves: RefCell::new(Waves::new(ram.pin_waves)),
             disk: OnceCell::new(),
             reads: RefCell::default(),
             waits_for_budget: Cell::new(false),
@@ -222,8 +226,12 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
 
     /// Answers each reply with its verified chunk: from a tier of the cache, by joining (and promoting) a fetch that is
     /// under way, or by a new one. All are queued before the first GET starts, so that neighbours share one.
-    pub fn fetch(&self, wanted: Vec<(ChunkSource, FetchReply)>, class: FetchClass) {
+    /// `wave`: guests of a wave ask.
+    pub fn fetch(&self, wanted: Vec<(ChunkSource, FetchReply)>, class: FetchClass, wave: bool) {
         for (source, reply) in wanted {
+            if wave && self.0.queue.borrow().shares() {
+                self.keep_for_wave(&source);
+            }
             if !self.0.queue.borrow().shares() {
                 self.enqueue(source, class, reply);
             } else if let Some(data) = self.cached(&source, class) {
@@ -260,10 +268,44 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         self.0.queue.borrow().check()
     }
 
+    /// A guest of a wave asks for the chunk: it is pinned now, or when it comes.
+    fn keep_for_wave(&self, source: &ChunkSource) {
+        let cost = source.chunk_len as usize;
+        let room = self.0.cache.borrow().can_pin(cost);
+        let new = self.0.waves.borrow_mut().asked(source.digest, cost, room, self.0.platform.now());
+        if new && self.0.cache.borrow().holds(&source.digest) {
+            self.pin_for_wave(&source.digest);
+        }
+    }
+
+    /// The chunk is in the cache.
+    fn pin_for_wave(&self, digest: &Digest) {
+        let mut waves = self.0.waves.borrow_mut();
+        if !waves.wants(digest) {
+            return;
+        }
+        if self.0.cache.borrow_mut().pin(digest) {
+            waves.pinned(digest);
+        } else {
+            waves.forget(digest);
+        }
+    }
+
+    /// Unpins what no guest of a wave has asked for lately.
+    pub fn release_waves(&self) {
+        let due = self.0.waves.borrow_mut().due(self.0.platform.now());
+        due.iter().for_each(|digest| self.0.cache.borrow_mut().unpin(digest));
+    }
+
     /// Name, help text and value of each gauge.
     pub fn gauges(&self) -> Vec<(&'static str, &'static str, u64)> {
         let queue = self.0.queue.borrow();
         vec![
+            (
+                "cache_wave_pinned_bytes",
+                "Bytes of chunks in RAM that are pinned because guests of a wave asked for them.",
+                self.0.waves.borrow().pinned_bytes() as u64,
+            ),
             ("fetches_queued", "Chunks waiting for a GET.", queue.queued() as u64),
             ("object_gets_in_flight", "GETs in flight to the object store.", queue.gate.in_flight() as u64),
             (
@@ -284,7 +326,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             };
             let task_queue = match plan.class {
                 FetchClass::Background => Queue::Background,
-                FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
+                FetchClass::Priority | FetchClass::ReadAhead | FetchClass::BootSet => Queue::Serve,
             };
             let transfer = self.clone();
             self.0.platform.spawn(task_queue, async move { transfer.run(plan).await });
@@ -362,6 +404,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
                 let promoted = self.0.queue.borrow().is_promoted(&source.digest);
                 let rank = if promoted { Rank::Normal } else { tiers::rank_of(class) };
                 self.0.cache.borrow_mut().insert(source.digest, data.clone(), rank);
+                self.pin_for_wave(&source.digest);
             }
             Err(error) => {
                 self.0.counters.fetch_failures.add(1);

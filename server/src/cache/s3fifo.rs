@@ -21,7 +21,7 @@ pub enum Rank {
     Normal,
 }
 
-/// The new queue has this part of the budget. (Its authors have a tenth: then the hydrators of a wave, which follow each
+/// The new queue has this part of the budget that is not pinned. (Its authors have a tenth: then the hydrators of a wave, which follow each
 /// other at some distance, no longer find what the first one brought. `tools/bench cache`.)
 const NEW_PART: usize = 2;
 /// More requests than this do not keep a chunk longer.
@@ -197,7 +197,7 @@ impl<V> S3Fifo<V> {
     /// Evicts one chunk; `None` when all are pinned.
     pub fn evict(&mut self) -> Option<(Digest, V)> {
         loop {
-            let from_new = self.new_cost > self.budget / NEW_PART || self.main.is_empty();
+            let from_new = self.new_cost > (self.budget - self.pinned_cost) / NEW_PART || self.main.is_empty();
             let queue = if from_new { &self.new } else { &self.main };
             let digest = *queue.first_key_value()?.1;
             self.dequeue(&digest);
@@ -234,14 +234,21 @@ impl<V> S3Fifo<V> {
         turn.is_some_and(|turn| self.ghosts.remove(&turn).is_some())
     }
 
+    /// Whether so much more may be pinned.
+    #[must_use]
+    pub fn can_pin(&self, cost: usize) -> bool {
+        self.pinned_cost + cost <= self.budget / PINNED_PART
+    }
+
     /// Keeps the chunk until as many have unpinned as have pinned it. `false`: it is not there, or the pinned part of
     /// the budget is spent.
     pub fn pin(&mut self, digest: &Digest) -> bool {
-        let Some(entry) = self.entries.get_mut(digest) else { return false };
+        let Some(entry) = self.entries.get(digest) else { return false };
         let (pins, cost) = (entry.pins, entry.cost);
-        if pins == 0 && self.pinned_cost + cost > self.budget / PINNED_PART {
+        if pins == 0 && !self.can_pin(cost) {
             return false;
         }
+        let entry = self.entries.get_mut(digest).expect("it was there");
         entry.pins += 1;
         if pins == 0 {
             self.dequeue(digest);

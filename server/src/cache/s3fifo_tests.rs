@@ -63,7 +63,7 @@ impl Model {
     }
 
     fn evict(&mut self) {
-        if Model::cost(&self.fresh) > self.budget / 2 || self.main.is_empty() {
+        if Model::cost(&self.fresh) > (self.budget - self.pinned_cost()) / 2 || self.main.is_empty() {
             let (key, cost, requests) = self.fresh.remove(0);
             if requests > 0 {
                 self.main.push((key, cost, 0));

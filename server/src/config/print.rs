@@ -69,6 +69,9 @@ trace_slow = "{trace_slow}"
 [cache]
 # RAM for chunks of the whole node, split evenly over the shards.
 ram_bytes = "{ram_bytes}"
+# What guests of a batch of several volumes ask for stays in RAM (at most half of it) until none has asked for so long.
+# "0s": it is evicted like anything else.
+pin_waves = "{pin_waves}"
 # Disk for chunks of the whole node, so that a restart stays warm. "0" is no disk cache; else at least 64MiB.
 disk_bytes = "{disk_bytes}"
 # Where the disk cache lies: <data>/cache unless given. It may be lost at any time.
@@ -94,6 +97,9 @@ bandwidth = "{bandwidth}"
 gets_per_second = {gets_per_second}
 # Of 100 GETs that guests wait for so many may be sent a second time when they are slower than 95 of 100. 0: none.
 hedge_percent = {hedge_percent}
+# How far ahead of a guest that reads in order absent chunks are fetched. "0": not at all; it reaches no further than twice
+# what the guest has read in order.
+readahead_bytes_max = "{readahead_bytes_max}"
 # Price of 1,000,000 GETs, in any unit of money: `volley ledger` multiplies by it.
 price_per_million_gets = {price_per_million_gets}
 
@@ -116,6 +122,7 @@ corrupt_attempts = {corrupt_attempts}
         http = text(http),
         log = text(log),
         ram_bytes = cache.ram_bytes,
+        pin_waves = cache.pin_waves,
         disk_bytes = cache.disk_bytes,
         reads_max = hydration.reads_max,
         background_reads_max = hydration.background_reads_max,
@@ -124,6 +131,7 @@ corrupt_attempts = {corrupt_attempts}
         bandwidth = transfer.bandwidth,
         gets_per_second = transfer.gets_per_second,
         hedge_percent = transfer.hedge_percent,
+        readahead_bytes_max = transfer.readahead_bytes_max,
         price_per_million_gets = transfer.price_per_million_gets,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,

@@ -37,6 +37,7 @@ fn printing_covers_every_key() {
         trace_slow: Span(Duration::from_millis(20)),
         cache: CacheConfig {
             ram_bytes: ByteSize(64 << 20),
+            pin_waves: Span(Duration::from_secs(7)),
             disk_bytes: ByteSize(3 << 30),
             dir: Some(PathBuf::from("/mnt/\"fast\"/cache")),
         },
@@ -51,6 +52,7 @@ fn printing_covers_every_key() {
             bandwidth: Bandwidth(Some(5 << 20)),
             gets_per_second: 70,
             hedge_percent: 3,
+            readahead_bytes_max: ByteSize(3 << 20),
             price_per_million_gets: 40,
         },
         deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },

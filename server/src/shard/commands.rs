@@ -199,6 +199,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         // From here on the volume is gone for guests. The file first gets a name that a restart may remove, or turn
         // back if the record below never became durable.
         volume.deleted.set(true);
+        volume.account.volumes.set(volume.account.volumes.get().saturating_sub(1));
+        self.end_read_ahead(&volume);
         self.0.volumes.borrow_mut().remove(&volume.spec.id);
         self.0.names.borrow_mut().remove(name);
         volume.changed.wake_all();

@@ -149,6 +149,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         volume.counters.reads.add(1);
         volume.counters.read_bytes.add(range.len);
         volume.account.asked_bytes.add(range.len);
+        self.read_ahead(&volume, range.chunks(&volume));
         let mut out = vec![0; len as usize];
         if volume.map.borrow().is_resident(range.sectors()) {
             self.read_resident(&volume, range, &mut out).await?;
@@ -273,6 +274,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) fn request(&self, sources: Vec<ChunkSource>, class: FetchClass) -> Vec<Answer> {
         let mut by_owner: Vec<Vec<_>> = (0..self.0.config.shards).map(|_| Vec::new()).collect();
         let mut answers = Vec::with_capacity(sources.len());
+        let asked_by_guests = sources.first().filter(|_| class <= FetchClass::ReadAhead);
+        let wave = asked_by_guests.is_some_and(|source| self.0.transfer.account(&source.origin).is_wave());
         for source in sources {
             let (sender, receiver) = flume::bounded(1);
             by_owner[source.owner(self.0.config.shards)].push((source, sender));
@@ -283,8 +286,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 continue;
             }
             if owner == self.0.config.shard {
-                self.0.transfer.fetch(wanted, class);
-            } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::Fetch { wanted, class }) {
+                self.0.transfer.fetch(wanted, class, wave);
+            } else if let Err(error) = self.0.mesh.send(owner, MeshMessage::Fetch { wanted, class, wave }) {
                 // The senders inside the message are gone: the answers below say so.
                 self.0.counters.requests_refused_busy.add(1);
                 tracing::debug!(%error, "fetch not sent");
@@ -296,13 +299,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Fills the volume behind an answered read: at once while the store's hydration share lasts, else the hydrator
     /// owes it and later misses are answered from the cache again.
     fn fill_behind(&self, volume: &Rc<Volume<P>>, chunk: u32, content: Content) {
-        let store = &self.0.stores[volume.store];
         let bytes = content.bytes().len() as u64;
-        let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
-        if over || store.budget.borrow_mut().take(bytes, self.0.platform.now()).is_err() {
-            self.0.counters.fills_deferred.add(1);
-            volume.hydration.borrow_mut().owed.insert(chunk);
-            self.wake_hydrator(volume);
+        if !self.may_fill(volume, chunk, bytes) {
             return;
         }
         self.0.miss_fills.set(self.0.miss_fills.get() + 1);
@@ -310,9 +308,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.platform.spawn(Queue::Background, async move {
             let _turn = shard.fill_turn(&volume, bytes).await;
             if let Err(error) = shard.fill(&volume, chunk, &content).await {
-                shard.0.counters.event(shard.0.platform.wall_clock_ms(), &error.message);
-                volume.hydration.borrow_mut().owed.insert(chunk);
-                shard.wake_hydrator(&volume);
+                shard.owe(&volume, chunk, &error);
             }
             shard.0.miss_fills.set(shard.0.miss_fills.get() - 1);
         });
@@ -326,6 +322,29 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// A guest's read or write of a volume's file begins or ends.
     fn note_guest_io(&self, volume: &Volume<P>) {
         self.0.stores[volume.store].fills.note_guest(self.0.platform.now());
+    }
+
+    /// Whether an absent chunk may be filled at once; if so the store's share is charged, if not it is owed.
+    pub(super) fn may_fill(&self, volume: &Volume<P>, chunk: u32, bytes: u64) -> bool {
+        if volume.map.borrow().is_chunk_resident(chunk) {
+            return false;
+        }
+        let store = &self.0.stores[volume.store];
+        let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
+        if over || store.budget.borrow_mut().take(bytes, self.0.platform.now()).is_err() {
+            self.0.counters.fills_deferred.add(1);
+            volume.hydration.borrow_mut().owed.insert(chunk);
+            self.wake_hydrator(volume);
+            return false;
+        }
+        true
+    }
+
+    /// A fill failed: the hydrator tries again.
+    pub(super) fn owe(&self, volume: &Volume<P>, chunk: u32, error: &Error) {
+        self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);
+        volume.hydration.borrow_mut().owed.insert(chunk);
+        self.wake_hydrator(volume);
     }
 
     async fn fill(&self, volume: &Rc<Volume<P>>, chunk: u32, content: &Content) -> Result<()> {

@@ -32,7 +32,7 @@ const RUN_BYTES: u64 = 8 << 20;
 /// [`FillTurns`] to say.
 const RUNS_MAX: usize = 8;
 /// Chunks of a run written at the same time.
-const RUN_FILLS_MAX: usize = 2;
+pub(super) const RUN_FILLS_MAX: usize = 2;
 /// Zero chunks made resident in one step; bounds how many chunk locks are held together.
 pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -269,7 +269,7 @@ fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
 }
 
 /// Where a chunk's stored bytes are: pack and stretch in it; `None` for a zero chunk.
-fn stretch_of(manifest: &Manifest, chunk: u32) -> Option<(u32, u64)> {
+pub(super) fn stretch_of(manifest: &Manifest, chunk: u32) -> Option<(u32, u64)> {
     let entry = (chunk < manifest.chunk_count()).then(|| manifest.chunk(chunk))?;
     match entry {
         ChunkEntry::Stored { pack, offset, .. } => Some((pack, offset / STRETCH_BYTES)),

@@ -32,6 +32,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if self.0.miss_fills.get() > MISS_FILLS_MAX {
             return Err(format!("{} fills behind read misses", self.0.miss_fills.get()));
         }
+        if self.0.ahead_bytes.get() > self.ahead_bytes_max() {
+            return Err(format!("{} bytes are on their way ahead of readers", self.0.ahead_bytes.get()));
+        }
         self.0.transfer.check_invariants()
     }
 

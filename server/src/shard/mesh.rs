@@ -20,6 +20,8 @@ pub enum MeshMessage {
     Fetch {
         wanted: Vec<(ChunkSource, FetchReply)>,
         class: FetchClass,
+        /// Guests of a wave want them.
+        wave: bool,
     },
     ConnectionLost {
         volume: VolumeId,

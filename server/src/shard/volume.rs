@@ -17,6 +17,7 @@ use crate::platform::{File, OpenMode, Platform, Time};
 use crate::shard::api::ConnectionId;
 use crate::shard::hydrate::ZERO_RUN_CHUNKS_MAX;
 use crate::shard::locks::{ChunkLocks, Mode};
+use crate::shard::readahead::ReadAhead;
 use crate::shard::residency::{ResidencyMap, SectorRange};
 use crate::shard::signal::Signal;
 use crate::shard::stats::{Counter, Counters};
@@ -54,7 +55,7 @@ pub struct Hydration {
     pub bucket: TokenBucket,
     /// Where the sector order goes on.
     pub cursor: u32,
-    /// Chunks being fetched or filled by the hydrator now.
+    /// Chunks being fetched or filled by the hydrator, or ahead of a reader, now.
     pub running: hashbrown::HashSet<u32, ahash::RandomState>,
     /// Chunks that guests missed while the store's share was spent: served before the sector order.
     pub owed: std::collections::BTreeSet<u32>,
@@ -85,6 +86,7 @@ pub struct Volume<P: Platform> {
     pub finishing: Cell<bool>,
     pub deleted: Cell<bool>,
     pub hydration: RefCell<Hydration>,
+    pub streams: RefCell<ReadAhead>,
     pub counters: VolumeCounters,
     /// On whose account its chunks are fetched.
     pub account: Rc<Account>,
@@ -158,6 +160,7 @@ impl<P: Platform> Volume<P> {
             finishing: Cell::new(false),
             deleted: Cell::new(false),
             hydration: RefCell::new(hydration),
+            streams: RefCell::default(),
             counters: VolumeCounters::default(),
             account,
             manifest: RefCell::new(None),

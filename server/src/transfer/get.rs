@@ -39,7 +39,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     async fn attempt(&self, plan: &GetPlan) -> Attempt {
         let slow_after = match plan.class {
             FetchClass::Priority => self.0.hedge.borrow_mut().begin(),
-            FetchClass::BootSet | FetchClass::Background => None,
+            FetchClass::ReadAhead | FetchClass::BootSet | FetchClass::Background => None,
         };
         let Some(slow_after) = slow_after else { return self.ask(plan).await };
         let (sender, answers) = flume::bounded(2);

@@ -39,6 +39,8 @@ macro_rules! account {
         #[derive(Debug)]
         pub struct Account {
             pub origin: Arc<Origin>,
+            /// Volumes of the origin on this shard.
+            pub volumes: Cell<u32>,
             $(pub $name: Tally,)*
         }
 
@@ -50,7 +52,13 @@ macro_rules! account {
 
         impl Account {
             fn new(origin: Origin) -> Account {
-                Account { origin: Arc::new(origin), $($name: Tally::default(),)* }
+                Account { origin: Arc::new(origin), volumes: Cell::new(0), $($name: Tally::default(),)* }
+            }
+
+            /// Whether several volumes of one batch are here: what one asks for, the others will.
+            #[must_use]
+            pub fn is_wave(&self) -> bool {
+                self.origin.batch.is_some() && self.volumes.get() > 1
             }
 
             #[must_use]

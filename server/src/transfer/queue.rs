@@ -1,6 +1,6 @@
 //! The order of fetches on one shard. Plain synchronous core: no I/O, no clock.
 //!
-//! Priority before boot-set before background, first come first served within a class. At most one entry per chunk;
+//! Priority before read-ahead before boot-set before background, first come first served within a class. At most one entry per chunk;
 //! a second request joins it and lends it its class (priority inheritance). Neighbours in a pack that wait in the
 //! queue are merged into one ranged GET. When the next may start is the gate's to say.
 
@@ -18,6 +18,8 @@ use crate::platform::Time;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FetchClass {
     Priority,
+    /// What a guest that reads in order is expected to want next.
+    ReadAhead,
     BootSet,
     Background,
 }

@@ -19,14 +19,14 @@ const DISK_READ_MAX: Duration = Duration::from_millis(500);
 pub(super) fn rank_of(class: FetchClass) -> Rank {
     match class {
         FetchClass::Background => Rank::Low,
-        FetchClass::Priority | FetchClass::BootSet => Rank::Normal,
+        FetchClass::Priority | FetchClass::ReadAhead | FetchClass::BootSet => Rank::Normal,
     }
 }
 
 fn queue_of(class: FetchClass) -> Queue {
     match class {
         FetchClass::Background => Queue::Background,
-        FetchClass::Priority | FetchClass::BootSet => Queue::Serve,
+        FetchClass::Priority | FetchClass::ReadAhead | FetchClass::BootSet => Queue::Serve,
     }
 }
 
@@ -127,6 +127,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         match found {
             Some(found) => {
                 self.0.cache.borrow_mut().insert(source.digest, found.data.clone(), rank_of(urgent));
+                self.pin_for_wave(&source.digest);
                 let (account, waiting) = (self.account(&source.origin), waiters.len() as u64);
                 account.disk_bytes.add(waiting * u64::from(source.chunk_len));
                 account.saved_bytes.add(waiting * u64::from(source.stored_len));
@@ -154,9 +155,16 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         }
     }
 
-    /// Keeps a chunk in RAM whatever else comes; see [`crate::cache::s3fifo::S3Fifo::pin`].
+    /// Keeps a chunk in RAM whatever else comes; see [`crate::cache::s3fifo::S3Fifo::pin`]. What is pinned for waves makes
+    /// room.
     pub fn pin(&self, digest: &Digest) -> bool {
-        self.0.cache.borrow_mut().pin(digest)
+        let mut cache = self.0.cache.borrow_mut();
+        while !cache.pin(digest) {
+            let given_up = cache.holds(digest).then(|| self.0.waves.borrow_mut().give_up()).flatten();
+            let Some(given_up) = given_up else { return false };
+            cache.unpin(&given_up);
+        }
+        true
     }
 
     pub fn unpin(&self, digest: &Digest) {
@@ -165,17 +173,25 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
 
     /// Drops a chunk from both tiers; from which ones it was.
     pub fn drop_cached(&self, digest: &Digest) -> (bool, bool) {
+        self.0.waves.borrow_mut().forget(digest);
         let ram = self.0.cache.borrow_mut().remove(digest);
         (ram, self.disk().is_some_and(|disk| disk.remove(digest)))
     }
 
     /// RAM, and the disk if it is in use.
     pub fn tiers(&self) -> (TierStatus, Option<TierStatus>) {
-        (self.0.cache.borrow().status(), self.disk().map(DiskTier::status))
+        let wave_pinned_bytes = self.0.waves.borrow().pinned_bytes() as u64;
+        let ram = TierStatus { wave_pinned_bytes, ..self.0.cache.borrow().status() };
+        (ram, self.disk().map(DiskTier::status))
     }
 
     pub(super) fn check_tiers(&self) -> Result<(), String> {
         self.0.cache.borrow().check()?;
+        self.0.waves.borrow().check()?;
+        let (pinned, for_waves) = (self.0.cache.borrow().status().pinned_bytes, self.0.waves.borrow().pinned_bytes());
+        if (for_waves as u64) > pinned {
+            return Err(format!("{for_waves} bytes are pinned for waves, of {pinned}"));
+        }
         self.0.reads.borrow().check()?;
         self.disk().map_or(Ok(()), DiskTier::check)
     }

@@ -169,6 +169,7 @@ pub struct NodeSettings {
     pub hydration_bandwidth: Option<u64>,
     pub deadline: Duration,
     pub hedge_percent: u32,
+    pub readahead_bytes_max: u64,
 }
 
 impl Default for NodeSettings {
@@ -180,6 +181,7 @@ impl Default for NodeSettings {
             hydration_bandwidth: None,
             deadline: Duration::from_secs(20),
             hedge_percent: 0,
+            readahead_bytes_max: 0,
         }
     }
 }
@@ -273,6 +275,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         shard_map: (0..settings.shards).map(|k| format!("sim:{k}")).collect(),
         stores: STORES.iter().map(|label| store(label)).collect(),
         cache_bytes: settings.cache_bytes,
+        pin_waves: Duration::from_secs(2),
         disk_cache: settings.disk_cache_bytes.map(|bytes| DiskCacheConfig { dir: PathBuf::from(CACHE), bytes }),
         guest_deadline: settings.deadline,
         retry: RetryPolicy {
@@ -281,6 +284,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
             ..RetryPolicy::default()
         },
         fetch_limits: QueueLimits::default(),
+        readahead_bytes_max: settings.readahead_bytes_max,
         trace_slow: None,
     }
 }

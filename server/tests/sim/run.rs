@@ -184,6 +184,7 @@ impl Run {
             hydration_bandwidth: [None, Some(4 << 20), Some(256 << 10)][self.rng.index(3)],
             deadline: [Duration::from_secs(20), Duration::from_secs(20), Duration::from_millis(30)][self.rng.index(3)],
             hedge_percent: if self.hedges() { 50 } else { 0 },
+            readahead_bytes_max: [0, 512 << 10][(self.seed % 2) as usize],
         }
     }
 

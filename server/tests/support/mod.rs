@@ -68,11 +68,13 @@ pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zer
 pub struct Options {
     pub shards: usize,
     pub cache_bytes: usize,
+    pub pin_waves: Duration,
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
+    pub readahead_bytes_max: u64,
 }
 
 impl Default for Options {
@@ -81,11 +83,13 @@ impl Default for Options {
         Options {
             shards: 1,
             cache_bytes: 4 << 20,
+            pin_waves: Duration::ZERO,
             disk_cache: None,
             guest_deadline,
             hydration_bandwidth: None,
             retry: RetryPolicy::default(),
             fetch_limits: QueueLimits::default(),
+            readahead_bytes_max: 0,
         }
     }
 }
@@ -121,10 +125,12 @@ impl Node {
                 hydration_bandwidth: options.hydration_bandwidth,
             }],
             cache_bytes: options.cache_bytes,
+            pin_waves: options.pin_waves,
             disk_cache: options.disk_cache.clone(),
             guest_deadline: options.guest_deadline,
             retry: options.retry,
             fetch_limits: options.fetch_limits,
+            readahead_bytes_max: options.readahead_bytes_max,
             trace_slow: None,
         };
         let mut journals = Vec::new();

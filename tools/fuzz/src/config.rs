@@ -61,6 +61,8 @@ fn check_accepted(config: &Config) {
     assert_eq!(Config::from_text(&config.to_toml(), &Overrides::default()).as_ref(), Ok(config));
     assert!(config.cores <= CORES_MAX && config.cache.ram_bytes.0 >= CACHE_RAM_BYTES_MIN);
     assert!(config.idle_poll.0 <= IDLE_POLL_MAX && config.transfer.hedge_percent <= 100);
+    assert!(config.cache.pin_waves.0 <= Duration::from_secs(3600));
+    assert!(config.transfer.readahead_bytes_max.0 <= 64 << 20);
     let hydration = &config.hydration;
     assert!(hydration.background_reads_max >= 1 && hydration.background_reads_max < hydration.reads_max);
     assert!((4 << 20..=64 << 20).contains(&hydration.read_bytes_max.0));
@@ -81,11 +83,11 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
         ("default", Config::default().to_toml().as_str()),
         ("top", "data = \"/d\"\nobject_store = \"file:/o\"\nlisten = \"[::1]:7400\"\nhttp = \"h:1\"\ncores = 2\nlog = \"a=debug\""),
         ("unix", "listen = \"unix:/run/volley.sock\""),
-        ("cache", "[cache]\nram_bytes = \"64MiB\""),
+        ("cache", "[cache]\nram_bytes = \"64MiB\"\npin_waves = \"1h\""),
         ("cache-number", "cache.ram_bytes = 67108864"),
         ("hydration", "[hydration]\ndefault_rate = \"200MiB/s\"\nreads_max = 5\nbackground_reads_max = 2\nread_bytes_max = \"8MiB\""),
         ("hydration-none", "[hydration]\ndefault_rate = \"none\""),
-        ("transfer", "[transfer]\nbandwidth = \"1MiB/s\"\ngets_per_second = 9\nhedge_percent = 100\nprice_per_million_gets = 40"),
+        ("transfer", "[transfer]\nbandwidth = \"1MiB/s\"\ngets_per_second = 9\nhedge_percent = 100\nreadahead_bytes_max = \"64MiB\"\nprice_per_million_gets = 40"),
         ("deadlines", "[deadlines]\nguest_read = \"1500ms\"\nstop = \"1h\""),
         ("retries", "[retries]\ndeadline = \"1m\"\nbackoff_min = \"1ms\"\nbackoff_max = \"2ms\"\ncorrupt_attempts = 9"),
         ("stores", "[[store]]\nlabel = \"a\"\npath = \"/a\"\n[[store]]\nlabel = \"b\"\npath = '''/b \"'''\nhydration_bandwidth = \"unlimited\""),

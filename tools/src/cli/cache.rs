@@ -48,6 +48,7 @@ struct Tier {
     used_bytes: u64,
     chunks: u64,
     pinned_bytes: u64,
+    wave_pinned_bytes: u64,
     hits: u64,
     misses: u64,
     evicted: u64,
@@ -117,8 +118,20 @@ fn show(api: &Api, globals: &Globals) -> CliResult {
         return print_json(&answer);
     }
     let cache: Cache = fields_of(&answer)?;
-    let header =
-        ["TIER", "USED", "OF", "CHUNKS", "PINNED", "HITS", "MISSES", "EVICTED", "CORRUPT", "SKIPPED", "ERRORS"];
+    let header = [
+        "TIER",
+        "USED",
+        "OF",
+        "CHUNKS",
+        "PINNED",
+        "FOR WAVES",
+        "HITS",
+        "MISSES",
+        "EVICTED",
+        "CORRUPT",
+        "SKIPPED",
+        "ERRORS",
+    ];
     let mut table = Table::new(&header);
     for (name, tier) in [("ram", Some(cache.ram)), ("disk", cache.disk)] {
         let Some(tier) = tier else { continue };
@@ -128,6 +141,7 @@ fn show(api: &Api, globals: &Globals) -> CliResult {
             format_size(tier.budget_bytes),
             tier.chunks.to_string(),
             format_size(tier.pinned_bytes),
+            format_size(tier.wave_pinned_bytes),
             tier.hits.to_string(),
             tier.misses.to_string(),
             tier.evicted.to_string(),
