@@ -6,9 +6,14 @@ pub mod mix;
 pub mod origin;
 pub mod policies;
 pub mod process;
+pub mod site;
 
+use std::collections::BTreeSet;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+use volley_tools::load::trace::Event;
 
 /// Writes an image of so many MiB that shrink to about a half, the same for the same seed.
 ///
@@ -21,6 +26,32 @@ pub fn full_image(path: &Path, mib: u32, seed: u64) -> Result<(), String> {
         file.write_all(&compressible(seed + mib, 1 << 20)).map_err(say)?;
     }
     file.sync_all().map_err(say)
+}
+
+/// A recorded boot of Debian 12: every read, write and flush of its disk.
+pub const BOOT_TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/data/boot-trace-debian12.csv");
+/// The device that the trace was recorded on.
+pub const IMAGE_BYTES: u64 = 2 << 30;
+const CHUNK_BYTES: u64 = 512 << 10;
+/// What is in the image beside the chunks that the boot reads, so that it is as full as the real one.
+const OTHER_DATA_CHUNKS: u64 = 600;
+
+/// Writes an image for a recorded boot: data where it reads and in some chunks more, holes elsewhere.
+///
+/// # Errors
+/// When it can't be written.
+pub fn boot_image(path: &Path, reads: &[Event]) -> Result<(), String> {
+    let said = |e: std::io::Error| format!("{}: {e}", path.display());
+    let file = std::fs::File::create(path).map_err(said)?;
+    file.set_len(IMAGE_BYTES).map_err(said)?;
+    let read = reads.iter().flat_map(|r| r.offset / CHUNK_BYTES..(r.offset + r.len).div_ceil(CHUNK_BYTES));
+    let mut chunks: BTreeSet<u64> = read.collect();
+    chunks.extend((0..OTHER_DATA_CHUNKS).map(|n| n * (IMAGE_BYTES / CHUNK_BYTES) / OTHER_DATA_CHUNKS));
+    for chunk in chunks {
+        let data = compressible(chunk + 1, CHUNK_BYTES as usize);
+        file.write_all_at(&data, chunk * CHUNK_BYTES).map_err(said)?;
+    }
+    file.sync_all().map_err(said)
 }
 
 /// Bytes that no compressor shrinks.

@@ -6,6 +6,7 @@
 pub mod histogram;
 pub mod replay;
 pub mod report;
+pub mod storm;
 pub mod trace;
 pub mod workload;
 
@@ -45,6 +46,35 @@ impl Target {
 pub fn pattern(offset: u64, len: usize, tag: u64) -> Vec<u8> {
     let word = |place: u64| ((place / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ tag.rotate_left(17)) | 1;
     (0..len as u64 / 8).flat_map(|i| word(offset + i * 8).to_le_bytes()).collect()
+}
+
+/// xorshift: the same numbers for the same seed.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    #[must_use]
+    pub fn new(seed: u64) -> Random {
+        // Never zero, and close seeds are far apart.
+        Random(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// Below `count`, which is not 0.
+    pub fn below(&mut self, count: u64) -> u64 {
+        self.next() % count
+    }
+
+    /// At least 0 and less than 1.
+    pub fn fraction(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
 }
 
 #[cfg(test)]

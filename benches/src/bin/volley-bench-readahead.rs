@@ -4,23 +4,19 @@
 //! The object store is an S3 server of ours (`origin`) in this process, with a delay before each answer and a bandwidth for
 //! each connection. Each window has a node of its own, without hydration; the runs go through all windows in turn.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use tokio::time::Instant;
 use volley_benches::figure::{Figure, Pair, conclude};
-use volley_benches::origin::{Manners, Origin};
-use volley_benches::process::{Result, Server, machine, run, sibling};
+use volley_benches::process::{Result, machine, run};
+use volley_benches::site::{Site, StoreArgs};
 use volley_server::config::TransferConfig;
 
-const CHUNK_BYTES: u64 = 512 << 10;
 /// Largest windows that are compared, in MiB; 0: no read-ahead, the peer of the others.
 const WINDOWS_MIB: [u64; 6] = [0, 1, 2, 4, 8, 16];
-/// Nobody waits for the object store's manners while the image is put there.
-const AT_ONCE: Manners = Manners { first_byte: Duration::ZERO, bytes_per_second: 10 << 30 };
-
 /// Measures what reading ahead gains for a guest that reads a cold volume in order.
 #[derive(Debug, Parser)]
 #[command(name = "tools/bench readahead")]
@@ -29,20 +25,16 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Size of the volume, in MiB.
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(8..=4096))]
-    volume_mib: u64,
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..=4096))]
+    volume_mib: u32,
     /// Size of a read, in KiB.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(4..=4096))]
     read_kib: u64,
     /// Runs; the figures are medians.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
-    /// Delay of the object store before each answer, in milliseconds.
-    #[arg(long, default_value_t = 20)]
-    first_byte_ms: u64,
-    /// Bandwidth of each connection to the object store, in MiB/s.
-    #[arg(long, default_value_t = 100)]
-    connection_mib: u64,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Work there: a folder on a disk with direct I/O. Removed afterwards.
     #[arg(long, default_value = ".cache/bench", value_name = "DIR")]
     dir: PathBuf,
@@ -62,24 +54,17 @@ struct Pass {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let files = tempfile::tempdir_in(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let dir = files.path().canonicalize().map_err(|e| e.to_string())?;
-    let origin = Origin::start(AT_ONCE).map_err(|e| format!("object store: {e}"))?;
+    let site = Site::new(&args.dir)?;
     println!("{}", machine());
     println!(
         "a volume of {} MiB read in order, {} KiB at a time; object store: {} ms, {} MiB/s a connection",
-        args.volume_mib, args.read_kib, args.first_byte_ms, args.connection_mib
+        args.volume_mib, args.read_kib, args.store.first_byte_ms, args.store.connection_mib
     );
-    let bench = Bench { args, dir: &dir, origin: &origin };
-    let image = dir.join("image.raw");
-    bench.make_image(&image)?;
-    let import = ["image", "import", &image.display().to_string(), "--name", "image"];
-    run(bench.volley(&import)?.env_remove("VOLLEY_SERVER"))?;
-    std::fs::remove_file(&image).map_err(|e| e.to_string())?;
-    let first_byte = Duration::from_millis(args.first_byte_ms);
-    origin.set_manners(Manners { first_byte, bytes_per_second: args.connection_mib << 20 });
-
+    let image = site.dir().join("image.raw");
+    volley_benches::full_image(&image, args.volume_mib, 1)?;
+    site.import(&image, "image")?;
+    site.answer(Some(args.store));
+    let bench = Bench { args, site: &site };
     let mut passes = vec![Vec::new(); WINDOWS_MIB.len()];
     for number in 0..args.runs {
         for (window, passes) in WINDOWS_MIB.iter().zip(&mut passes) {
@@ -92,59 +77,28 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
 
 struct Bench<'a> {
     args: &'a Args,
-    dir: &'a Path,
-    origin: &'a Origin,
+    site: &'a Site,
 }
 
 impl Bench<'_> {
-    fn volley(&self, words: &[&str]) -> Result<Command> {
-        let mut command = Command::new(sibling("volley")?);
-        command.args(words);
-        self.use_origin(&mut command);
-        Ok(command)
-    }
-
-    fn use_origin(&self, command: &mut Command) {
-        command.env("VOLLEY_OBJECT_STORE", "s3://bench/readahead").env("AWS_ENDPOINT_URL", self.origin.endpoint());
-        command.env("AWS_ACCESS_KEY_ID", "bench").env("AWS_SECRET_ACCESS_KEY", "bench").env("AWS_REGION", "us-east-1");
-    }
-
-    /// Data everywhere, every chunk another.
-    fn make_image(&self, path: &Path) -> Result<()> {
-        let said = |e: std::io::Error| format!("{}: {e}", path.display());
-        let file = std::fs::File::create(path).map_err(said)?;
-        for chunk in 0..(self.args.volume_mib << 20) / CHUNK_BYTES {
-            let data = volley_benches::compressible(chunk + 1, CHUNK_BYTES as usize);
-            std::os::unix::fs::FileExt::write_all_at(&file, &data, chunk * CHUNK_BYTES).map_err(said)?;
-        }
-        file.sync_all().map_err(said)
-    }
-
     /// Starts a node with this window and reads a new volume on it.
     fn pass(&self, window_mib: u64) -> Result<Pass> {
-        let (data, file) = (self.dir.join("node"), self.dir.join("node.toml"));
-        let config = format!("transfer.readahead_bytes_max = \"{window_mib}MiB\"\n");
-        std::fs::write(&file, config).map_err(|e| e.to_string())?;
-        let mut command = Command::new(sibling("volleyd")?);
-        command.arg("--config").arg(&file).arg("--data").arg(&data);
-        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", "warn"]);
-        self.use_origin(&mut command);
-        let server = Server::start(command, "volleyd: ready")?;
-        let create = ["volume", "create", "--snapshot", "image", "--rate", "none", "v"];
-        run(self.volley(&create)?.env("VOLLEY_SERVER", server.ready_word("http")?))?;
-        let _ = self.origin.take_counts();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-        let took = runtime.block_on(self.read_all(&server.ready_word("data")?))?;
-        let (gets, bytes) = self.origin.take_counts();
-        server.stop()?;
-        std::fs::remove_dir_all(&data).map_err(|e| e.to_string())?;
-        Ok(Pass { mib_per_second: self.args.volume_mib as f64 / took.as_secs_f64(), gets, bytes })
+        self.site.node(&format!("transfer.readahead_bytes_max = \"{window_mib}MiB\"\n"), |server| {
+            let create = ["volume", "create", "--snapshot", "image", "--rate", "none", "v"];
+            run(&mut self.site.volley(Some(server), &create)?)?;
+            let _ = self.site.origin().take_counts();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.map_err(|e| e.to_string())?;
+            let took = runtime.block_on(self.read_all(&server.ready_word("data")?))?;
+            let (gets, bytes) = self.site.origin().take_counts();
+            Ok(Pass { mib_per_second: f64::from(self.args.volume_mib) / took.as_secs_f64(), gets, bytes })
+        })
     }
 
     async fn read_all(&self, address: &str) -> Result<Duration> {
         let client = volley_client::Client::connect(address, volley_client::Options::default()).await.map_err(say)?;
         let volume = client.attach("v").await.map_err(say)?;
-        let (end, step) = (self.args.volume_mib << 20, self.args.read_kib << 10);
+        let (end, step) = (u64::from(self.args.volume_mib) << 20, self.args.read_kib << 10);
         let begun = Instant::now();
         let mut at = 0;
         while at < end {

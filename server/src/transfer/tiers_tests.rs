@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Fetched, Tier, Transfer};
-use crate::cache::Rank;
 use crate::cache::disk::{DiskCacheConfig, DiskTier, Owner};
+use crate::cache::{RamLimits, Rank};
 use crate::error::Result;
 use crate::platform::sim::{DiskOp, Sim, SimObjects, SimWorld};
 use crate::platform::{Platform, Queue};
@@ -61,7 +61,7 @@ fn a_read_that_somebody_urgent_joins_goes_on_among_what_is_urgent() {
             let transfer = Transfer::new(
                 platform.clone(),
                 objects.clone(),
-                1 << 20,
+                RamLimits { bytes: 1 << 20, pin_waves: Duration::ZERO },
                 QueueLimits::default(),
                 RetryPolicy::default(),
                 Rc::default(),
@@ -70,10 +70,10 @@ fn a_read_that_somebody_urgent_joins_goes_on_among_what_is_urgent() {
             transfer.use_disk(disk_with(platform.clone(), &source, &encoded).await);
             world.slow_disk("/cache", DiskOp::Read, Duration::from_millis(100)..Duration::from_millis(101));
             let (reply, answers) = flume::bounded::<Result<Fetched>>(2);
-            transfer.fetch(vec![(source.clone(), reply.clone())], FetchClass::Background);
+            transfer.fetch(vec![(source.clone(), reply.clone())], FetchClass::Background, false);
             platform.sleep(Duration::from_millis(50)).await;
             let before = world.served();
-            transfer.fetch(vec![(source.clone(), reply)], joined);
+            transfer.fetch(vec![(source.clone(), reply)], joined, false);
             for _ in 0..2 {
                 let fetched = answers.recv_async().await.expect("answered").expect("there");
                 assert_eq!((&fetched.data[..], fetched.story.tier), (&raw[..], Tier::Disk));

@@ -2,18 +2,23 @@
 //!
 //! This file only understands the command line; the loads are `volley_tools::load`.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
 use volley_client::FetchUntil;
 use volley_tools::load::replay::{self, Speed};
 use volley_tools::load::report::Report;
+use volley_tools::load::storm::{self, Arrivals, Ask, Progress};
 use volley_tools::load::workload::{self, Kind};
 use volley_tools::load::{Target, trace};
-use volley_tools::units::{parse_duration, parse_size};
+use volley_tools::units::{format_size, parse_duration, parse_size};
 
 /// Duration where neither --duration nor --count is given.
 const DURATION_DEFAULT: Duration = Duration::from_secs(10);
@@ -56,13 +61,13 @@ struct Globals {
     /// Threads that generate the load.
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     threads: u32,
-    /// Bytes of each request (not of replay).
+    /// Bytes of each request (not of replay and storm).
     #[arg(long, global = true, default_value = "4KiB", value_name = "SIZE", value_parser = parse_block)]
     block: u32,
-    /// Start no request later than this [default: 10s, or unlimited with --count and for replay].
+    /// Start no request later than this [default: 10s, or unlimited with --count, for replay and storm].
     #[arg(long, global = true, value_name = "DURATION", value_parser = parse_duration)]
     duration: Option<Duration>,
-    /// Make at most so many requests (not of replay).
+    /// Make at most so many requests (not of replay and storm).
     #[arg(long, global = true, value_name = "N")]
     count: Option<u64>,
     /// A request without an answer by then counts as failed.
@@ -116,6 +121,30 @@ enum Workload {
         #[arg(long, value_name = "IMAGE.raw")]
         verify: Option<PathBuf>,
     },
+    /// Boots many volumes: each is asked for what a recorded boot reads. Writes nothing.
+    Storm(StormArgs),
+}
+
+#[derive(Debug, Args)]
+struct StormArgs {
+    /// CSV with the head us,op,offset,length; only its reads are asked for.
+    #[arg(long, value_name = "FILE.csv")]
+    trace: PathBuf,
+    /// Priority fetches, answered when the data is so far, instead of reads.
+    #[arg(long, value_enum, value_name = "UNTIL", conflicts_with = "verify")]
+    fetch: Option<Until>,
+    /// When the volumes start: at-once, ramp:DURATION, or poisson:PER_SECOND.
+    #[arg(long, default_value = "at-once", value_name = "PATTERN")]
+    arrivals: Arrivals,
+    /// Recorded times are divided by this; max does not wait at all.
+    #[arg(long, default_value = "1", value_name = "X|max")]
+    speed: Speed,
+    /// Requests in flight of each volume.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    volume_depth: u32,
+    /// Compare every read with this raw image.
+    #[arg(long, value_name = "IMAGE.raw")]
+    verify: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -150,6 +179,7 @@ fn run(cli: &Cli) -> Result<Report, String> {
         Workload::Replay { trace, speed, verify } => {
             return block_on(run_replay(&cli.globals, trace, *speed, verify.as_deref()))?;
         }
+        Workload::Storm(storm) => return run_storm(&cli.globals, storm),
     };
     let globals = &cli.globals;
     let volumes = block_on(volumes(globals))??;
@@ -191,6 +221,57 @@ async fn run_replay(
     let report = replay::run(&volume, &plan).await;
     volume.detach().await.map_err(failed)?;
     Ok(report)
+}
+
+fn run_storm(globals: &Globals, args: &StormArgs) -> Result<Report, String> {
+    let (names, size_bytes) = block_on(async {
+        let names = volumes(globals).await?;
+        let client = target(globals).connect().await?;
+        let size = client.lookup(&names[0]).await.map_err(|error| format!("volume {}: {error}", names[0]))?.size_bytes;
+        Ok::<_, String>((names, size))
+    })??;
+    let plan = storm::Plan {
+        target: target(globals),
+        volumes: names,
+        connections: globals.connections,
+        threads: globals.threads,
+        events: trace::load(&args.trace, size_bytes)?,
+        ask: args.fetch.map_or(Ask::Read, |until| Ask::Fetch(fetch_until(until))),
+        arrivals: args.arrivals,
+        speed: args.speed,
+        depth: args.volume_depth as usize,
+        duration: globals.duration.unwrap_or(DURATION_MAX).min(DURATION_MAX),
+        verify: args.verify.as_deref().map(|path| replay::open_image(path, size_bytes)).transpose()?,
+        seed: globals.seed,
+    };
+    let progress = Arc::new(Progress::default());
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let shown = (std::io::stderr().is_terminal() && !globals.json).then(|| {
+        let (progress, count) = (Arc::clone(&progress), plan.volumes.len() as u64);
+        std::thread::spawn(move || show(&progress, count, &ended))
+    });
+    let report = storm::run(&plan, &progress);
+    drop(end);
+    // It ends by itself, and shows nothing that matters.
+    let _ = shown.map(std::thread::JoinHandle::join);
+    report
+}
+
+/// Shows a storm's progress on a terminal until it ends.
+fn show(progress: &Progress, volumes: u64, ended: &std::sync::mpsc::Receiver<()>) {
+    let style = ProgressStyle::with_template("{elapsed_precise} {bar:30} {pos}/{len} booted  {msg}");
+    let bar = ProgressBar::new(volumes).with_style(style.expect("a valid template"));
+    let begun = Instant::now();
+    while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(Duration::from_millis(250)) {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let seconds = begun.elapsed().as_secs_f64();
+        let (requests, bytes) = (count(&progress.requests) as f64 / seconds, count(&progress.bytes) as f64 / seconds);
+        let (attached, errors) = (count(&progress.attached), count(&progress.errors));
+        let rate = format_size(bytes as u64);
+        bar.set_message(format!("{attached} attached  {requests:.0} requests/s  {rate}/s  {errors} errors"));
+        bar.set_position(count(&progress.finished));
+    }
+    bar.finish_and_clear();
 }
 
 /// Names of the volumes to use.

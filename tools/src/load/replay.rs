@@ -94,7 +94,7 @@ pub async fn run(volume: &Volume, plan: &Plan<'_>) -> Report {
 }
 
 /// When an event is due after the first; a time beyond all bounds is as good as any other.
-fn due(event: &Event, times: f64) -> Duration {
+pub(super) fn due(event: &Event, times: f64) -> Duration {
     Duration::try_from_secs_f64(event.at_us as f64 / 1e6 / times).unwrap_or(Duration::MAX)
 }
 

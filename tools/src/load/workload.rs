@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use volley_client::{Client, FetchUntil, Volume};
 
 use super::report::{Report, Series};
-use super::{Target, pattern};
+use super::{Random, Target, pattern};
 
 /// What each request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,12 +195,12 @@ fn worker(plan: &Plan, opened: &(Option<Volume>, u64), name: &str, share: u64, s
     let (volume, size) = opened;
     let total = size / u64::from(plan.block_bytes);
     let count = (total - share).div_ceil(sharing);
-    let state = plan.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number + 1) | 1;
+    let random = Random::new(plan.seed.wrapping_add(number));
     Worker {
         kind: plan.kind,
         target: plan.target.clone(),
         place: volume.clone().map_or_else(|| Place::Named(name.to_owned()), Place::Attached),
-        blocks: Blocks { first: share, step: sharing, count, next: 0, state, sequential: plan.sequential },
+        blocks: Blocks { first: share, step: sharing, count, next: 0, random, sequential: plan.sequential },
         block_bytes: plan.block_bytes,
         tag: plan.seed,
     }
@@ -264,21 +264,13 @@ struct Blocks {
     step: u64,
     count: u64,
     next: u64,
-    /// xorshift, never zero.
-    state: u64,
+    random: Random,
     sequential: bool,
 }
 
 impl Blocks {
     fn next(&mut self) -> u64 {
-        let index = if self.sequential {
-            self.next
-        } else {
-            self.state ^= self.state << 13;
-            self.state ^= self.state >> 7;
-            self.state ^= self.state << 17;
-            self.state % self.count
-        };
+        let index = if self.sequential { self.next } else { self.random.below(self.count) };
         self.next = (self.next + 1) % self.count;
         self.first + index * self.step
     }
@@ -289,9 +281,10 @@ mod tests {
     use std::collections::HashSet;
 
     use super::Blocks;
+    use crate::load::Random;
 
     fn blocks(first: u64, step: u64, count: u64, sequential: bool) -> Blocks {
-        Blocks { first, step, count, next: 0, state: 7, sequential }
+        Blocks { first, step, count, next: 0, random: Random::new(7), sequential }
     }
 
     #[test]

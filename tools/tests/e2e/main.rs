@@ -19,4 +19,5 @@ mod lifecycle;
 mod one_get;
 mod recovery;
 mod s3;
+mod storm;
 mod torture;

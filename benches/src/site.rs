@@ -1,0 +1,108 @@
+//! An S3 server of ours and nodes on it, one after the other: what the benchmarks of cold and warm volumes measure on.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::origin::{Manners, Origin};
+use crate::process::{Result, Server, run, sibling};
+
+/// Nobody waits for the object store's manners while images are put there.
+const AT_ONCE: Manners = Manners { first_byte: Duration::ZERO, bytes_per_second: 10 << 30 };
+
+/// How the object store answers while it is measured.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct StoreArgs {
+    /// Delay of the object store before each answer, in milliseconds.
+    #[arg(long, default_value_t = 20)]
+    pub first_byte_ms: u64,
+    /// Bandwidth of each connection to the object store, in MiB/s.
+    #[arg(long, default_value_t = 100)]
+    pub connection_mib: u64,
+}
+
+/// A folder for everything, which goes away with this, and the object store.
+pub struct Site {
+    dir: PathBuf,
+    origin: Origin,
+    _files: tempfile::TempDir,
+}
+
+impl Site {
+    /// Works in a new folder of `parent`, which is on a disk with direct I/O.
+    ///
+    /// # Errors
+    /// When the folder can't be made or the object store can't listen.
+    pub fn new(parent: &Path) -> Result<Site> {
+        let said = |e: std::io::Error| format!("{}: {e}", parent.display());
+        std::fs::create_dir_all(parent).map_err(said)?;
+        let files = tempfile::tempdir_in(parent).map_err(said)?;
+        let dir = files.path().canonicalize().map_err(said)?;
+        let origin = Origin::start(AT_ONCE).map_err(|e| format!("object store: {e}"))?;
+        Ok(Site { dir, origin, _files: files })
+    }
+
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    #[must_use]
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// From now on the object store answers so; `None`: as fast as it can.
+    pub fn answer(&self, args: Option<StoreArgs>) {
+        self.origin.set_manners(args.map_or(AT_ONCE, |args| Manners {
+            first_byte: Duration::from_millis(args.first_byte_ms),
+            bytes_per_second: args.connection_mib << 20,
+        }));
+    }
+
+    /// A `volley` command, for a node if one is given.
+    ///
+    /// # Errors
+    /// When the binary is not built.
+    pub fn volley(&self, server: Option<&Server>, words: &[&str]) -> Result<Command> {
+        let mut command = Command::new(sibling("volley")?);
+        command.args(words).env_remove("VOLLEY_SERVER");
+        self.use_origin(&mut command);
+        if let Some(server) = server {
+            command.env("VOLLEY_SERVER", server.ready_word("http")?);
+        }
+        Ok(command)
+    }
+
+    fn use_origin(&self, command: &mut Command) {
+        command.env("VOLLEY_OBJECT_STORE", "s3://bench/volley").env("AWS_ENDPOINT_URL", self.origin.endpoint());
+        command.env("AWS_ACCESS_KEY_ID", "bench").env("AWS_SECRET_ACCESS_KEY", "bench").env("AWS_REGION", "us-east-1");
+    }
+
+    /// Puts an image into the object store; its file is removed.
+    ///
+    /// # Errors
+    /// When the import fails.
+    pub fn import(&self, image: &Path, name: &str) -> Result<()> {
+        run(&mut self.volley(None, &["image", "import", &image.display().to_string(), "--name", name])?)?;
+        std::fs::remove_file(image).map_err(|e| e.to_string())
+    }
+
+    /// Starts a new node with lines of configuration, measures on it, stops it, and removes what it stored.
+    ///
+    /// # Errors
+    /// Those of the measurement, or of the node.
+    pub fn node<T>(&self, config: &str, measure: impl FnOnce(&Server) -> Result<T>) -> Result<T> {
+        let (data, file) = (self.dir.join("node"), self.dir.join("node.toml"));
+        std::fs::write(&file, config).map_err(|e| e.to_string())?;
+        let mut command = Command::new(sibling("volleyd")?);
+        command.arg("--config").arg(&file).arg("--data").arg(&data);
+        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", "warn"]);
+        self.use_origin(&mut command);
+        let server = Server::start(command, "volleyd: ready")?;
+        let measured = measure(&server)?;
+        server.stop()?;
+        std::fs::remove_dir_all(&data).map_err(|e| e.to_string())?;
+        Ok(measured)
+    }
+}

@@ -1,0 +1,404 @@
+//! A boot storm: many volumes, each asked for what a recorded boot reads, as hypervisors do when a batch of machines starts.
+//!
+//! Each volume replays the reads of a trace one after the other (or `depth` at a time), as guest reads with data or as
+//! priority fetches without. Latencies are counted twice: from when a request was sent, as the guest that waits for its own reads
+//! meets them, and (where the replay is paced) from when it was due, so that a node that falls behind is not spared the requests
+//! it delayed.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::{self, FuturesUnordered};
+use tokio::time::{Instant, sleep_until};
+use volley_client::{Client, FetchUntil, Volume};
+
+use super::replay::{Speed, due};
+use super::report::{Report, Series};
+use super::trace::{Event, Op};
+use super::{Random, Target};
+use crate::units::parse_duration;
+
+/// When the volumes of a storm start.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Arrivals {
+    AtOnce,
+    /// Evenly, the last one after this.
+    Ramp(Duration),
+    /// At random, so many per second on average.
+    Poisson(f64),
+}
+
+impl std::str::FromStr for Arrivals {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Arrivals, String> {
+        let wrong =
+            || format!("{text:?} is not an arrival pattern: write at-once, ramp:DURATION or poisson:PER_SECOND");
+        match text.split_once(':') {
+            None if text == "at-once" => Ok(Arrivals::AtOnce),
+            Some(("ramp", over)) => Ok(Arrivals::Ramp(parse_duration(over).map_err(|_| wrong())?)),
+            Some(("poisson", rate)) => match rate.parse::<f64>() {
+                Ok(rate) if rate.is_finite() && rate > 0.0 => Ok(Arrivals::Poisson(rate)),
+                _ => Err(wrong()),
+            },
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl Arrivals {
+    /// When each of `count` volumes starts, after the storm does.
+    fn starts(self, count: usize, seed: u64) -> Vec<Duration> {
+        match self {
+            Arrivals::AtOnce => vec![Duration::ZERO; count],
+            Arrivals::Ramp(over) => (0..count).map(|i| over.mul_f64(i as f64 / (count.max(2) - 1) as f64)).collect(),
+            Arrivals::Poisson(rate) => {
+                let mut random = Random::new(seed);
+                let mut at = 0.0;
+                let mut next = || {
+                    at += -(1.0 - random.fraction()).ln() / rate;
+                    Duration::try_from_secs_f64(at).unwrap_or(Duration::MAX)
+                };
+                (0..count).map(|_| next()).collect()
+            }
+        }
+    }
+}
+
+/// What a volume is asked for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Ask {
+    /// The bytes.
+    Read,
+    /// That they come; answered when they are so far.
+    Fetch(FetchUntil),
+}
+
+/// A storm to run.
+#[derive(Debug)]
+pub struct Plan {
+    pub target: Target,
+    pub volumes: Vec<String>,
+    /// Clients with connections of their own, over which the volumes are dealt.
+    pub connections: u32,
+    pub threads: u32,
+    /// The trace; only its reads are asked for.
+    pub events: Vec<Event>,
+    pub ask: Ask,
+    pub arrivals: Arrivals,
+    pub speed: Speed,
+    /// Requests in flight of one volume.
+    pub depth: usize,
+    /// No request starts later than this after the storm began.
+    pub duration: Duration,
+    /// The raw image that every byte read must equal.
+    pub verify: Option<File>,
+    /// Chooses random arrivals.
+    pub seed: u64,
+}
+
+/// How far a storm is; shared by its threads.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub attached: AtomicU64,
+    pub finished: AtomicU64,
+    pub requests: AtomicU64,
+    pub bytes: AtomicU64,
+    pub errors: AtomicU64,
+}
+
+/// Runs a storm to its end.
+///
+/// # Errors
+/// A sentence when it can't start: node away, nothing to read.
+pub fn run(plan: &Plan, progress: &Progress) -> Result<Report, String> {
+    let storm = Storm::new(plan, progress)?;
+    let ready = std::sync::Barrier::new(plan.threads as usize);
+    let tallies: Vec<Result<Tally, String>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..plan.threads).map(|thread| (thread, &storm, &ready)).collect();
+        let threads: Vec<_> = threads
+            .into_iter()
+            .map(|(thread, storm, ready)| scope.spawn(move || storm.thread(thread, ready)))
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a load thread panicked".to_owned()))).collect()
+    });
+    let mut whole = Tally::default();
+    for tally in tallies {
+        whole.merge(tally?);
+    }
+    Ok(whole.report(plan, progress))
+}
+
+/// What was measured.
+#[derive(Default)]
+struct Tally {
+    attach: Series,
+    first_touch: Series,
+    later: Series,
+    /// Every request, from when it was due.
+    since_due: Series,
+    /// From a volume's arrival to its last answer.
+    boots: Series,
+    mismatches: u64,
+    skipped: u64,
+    elapsed: Duration,
+}
+
+impl Tally {
+    fn merge(&mut self, other: Tally) {
+        self.attach.merge(other.attach);
+        self.first_touch.merge(other.first_touch);
+        self.later.merge(other.later);
+        self.since_due.merge(other.since_due);
+        self.boots.merge(other.boots);
+        self.mismatches += other.mismatches;
+        self.skipped += other.skipped;
+        self.elapsed = self.elapsed.max(other.elapsed);
+    }
+
+    fn report(self, plan: &Plan, progress: &Progress) -> Report {
+        let series = vec![
+            ("attach", self.attach),
+            ("first-touch", self.first_touch),
+            ("later", self.later),
+            ("since-due", self.since_due),
+            ("boots", self.boots),
+        ];
+        let mut facts = vec![
+            ("volumes", plan.volumes.len() as u64),
+            ("volumes_finished", progress.finished.load(Ordering::Relaxed)),
+            ("requests_skipped", self.skipped),
+        ];
+        if plan.verify.is_some() {
+            facts.push(("mismatches", self.mismatches));
+        }
+        Report { workload: "storm", elapsed: self.elapsed, series, facts }
+    }
+}
+
+struct Storm<'a> {
+    plan: &'a Plan,
+    progress: &'a Progress,
+    reads: Arc<[Event]>,
+    starts: Vec<Duration>,
+}
+
+/// One answered request.
+struct Done {
+    index: usize,
+    latency: Duration,
+    since_due: Option<Duration>,
+    outcome: Result<(), String>,
+    wrong: bool,
+}
+
+impl<'a> Storm<'a> {
+    fn new(plan: &'a Plan, progress: &'a Progress) -> Result<Storm<'a>, String> {
+        let reads: Arc<[Event]> = plan.events.iter().filter(|event| event.op == Op::Read).copied().collect();
+        if reads.is_empty() {
+            return Err("the trace reads nothing".to_owned());
+        }
+        if plan.threads == 0 || plan.threads > plan.connections {
+            let (threads, connections) = (plan.threads, plan.connections);
+            return Err(format!("--threads {threads} must be 1 to the number of connections, {connections}"));
+        }
+        let starts = plan.arrivals.starts(plan.volumes.len(), plan.seed);
+        Ok(Storm { plan, progress, reads, starts })
+    }
+
+    fn thread(&self, thread: u32, ready: &std::sync::Barrier) -> Result<Tally, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let connected = runtime.map_err(|error| format!("can't start a runtime: {error}")).and_then(|runtime| {
+            let clients = runtime.block_on(self.connect(thread))?;
+            Ok((runtime, clients))
+        });
+        // Also a thread that failed arrives here, or the others would wait for ever.
+        ready.wait();
+        let (runtime, clients) = connected?;
+        Ok(runtime.block_on(self.boot_all(clients)))
+    }
+
+    /// The connections of a thread, by number.
+    async fn connect(&self, thread: u32) -> Result<Vec<(u32, Client)>, String> {
+        let mut clients = Vec::new();
+        for connection in (thread..self.plan.connections).step_by(self.plan.threads as usize) {
+            clients.push((connection, self.plan.target.connect().await?));
+        }
+        Ok(clients)
+    }
+
+    async fn boot_all(&self, clients: Vec<(u32, Client)>) -> Tally {
+        let (begun, tally) = (Instant::now(), RefCell::default());
+        let boots = clients.iter().flat_map(|(connection, client)| {
+            let mine = (*connection as usize..self.plan.volumes.len()).step_by(self.plan.connections as usize);
+            mine.map(|number| self.boot(client, number, begun, &tally)).collect::<Vec<_>>()
+        });
+        let boots: FuturesUnordered<_> = boots.collect();
+        let attached: Vec<Option<Volume>> = boots.collect().await;
+        let mut whole = tally.take();
+        whole.elapsed = begun.elapsed();
+        for volume in attached.into_iter().flatten() {
+            // What counts was measured; a volume that another host took meanwhile is its own affair.
+            let _ = volume.detach().await;
+        }
+        whole
+    }
+
+    /// One machine: attaches its volume and replays the trace. The volume stays attached, as a running machine's.
+    async fn boot(&self, client: &Client, number: usize, begun: Instant, tally: &RefCell<Tally>) -> Option<Volume> {
+        let (start, end) = (begun + self.starts[number], begun + self.plan.duration);
+        sleep_until(start.min(end)).await;
+        if start > end {
+            tally.borrow_mut().skipped += self.reads.len() as u64;
+            return None;
+        }
+        let name = &self.plan.volumes[number];
+        let attached = client.attach(name).await;
+        let outcome = attached.as_ref().map(|_| ()).map_err(|error| format!("volume {name}: {error}"));
+        self.count(0, outcome.is_ok());
+        tally.borrow_mut().attach.record(start.elapsed(), 0, outcome);
+        let volume = attached.ok()?;
+        self.progress.attached.fetch_add(1, Ordering::Relaxed);
+        if self.replay(&volume, start, end, tally).await {
+            tally.borrow_mut().boots.record(start.elapsed(), 0, Ok(()));
+            self.progress.finished.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(volume)
+    }
+
+    /// Whether every request was made and answered.
+    async fn replay(&self, volume: &Volume, start: Instant, end: Instant, tally: &RefCell<Tally>) -> bool {
+        let first_touches = first_touches(&self.reads, volume.chunk_bytes());
+        let requests = self.reads.iter().enumerate().map(|(index, event)| async move {
+            let due = match self.plan.speed {
+                Speed::Times(times) => Some(start + due(event, times).min(self.plan.duration)),
+                Speed::Max => None,
+            };
+            if let Some(due) = due {
+                sleep_until(due.min(end)).await;
+            }
+            let sent = Instant::now();
+            if sent >= end {
+                return None;
+            }
+            let (outcome, wrong) = self.ask(volume, event).await;
+            let (latency, since_due) = (sent.elapsed(), due.map(|due| due.elapsed()));
+            Some(Done { index, latency, since_due, outcome, wrong })
+        });
+        let mut answers = stream::iter(requests).buffer_unordered(self.plan.depth.max(1));
+        let mut whole = true;
+        while let Some(answer) = answers.next().await {
+            let tally = &mut *tally.borrow_mut();
+            let Some(done) = answer else {
+                (tally.skipped, whole) = (tally.skipped + 1, false);
+                continue;
+            };
+            whole &= done.outcome.is_ok();
+            let len = self.reads[done.index].len;
+            let series = if first_touches.contains(&done.index) { &mut tally.first_touch } else { &mut tally.later };
+            self.count(len, done.outcome.is_ok());
+            tally.mismatches += u64::from(done.wrong);
+            if let Some(since_due) = done.since_due.filter(|_| done.outcome.is_ok()) {
+                tally.since_due.record(since_due, len, Ok(()));
+            }
+            series.record(done.latency, len, done.outcome);
+        }
+        whole
+    }
+
+    fn count(&self, bytes: u64, good: bool) {
+        self.progress.requests.fetch_add(1, Ordering::Relaxed);
+        match good {
+            true => self.progress.bytes.fetch_add(bytes, Ordering::Relaxed),
+            false => self.progress.errors.fetch_add(1, Ordering::Relaxed),
+        };
+    }
+
+    /// One request; whether its answer was wrong data.
+    async fn ask(&self, volume: &Volume, event: &Event) -> (Result<(), String>, bool) {
+        let failed = |error: volley_client::Error| format!("volume {}: {error}", volume.name());
+        match self.plan.ask {
+            Ask::Fetch(until) => (volume.priority_fetch(event.offset, event.len, until).await.map_err(failed), false),
+            Ask::Read => match (volume.read(event.offset, event.len as usize).await, &self.plan.verify) {
+                (Err(error), _) => (Err(failed(error)), false),
+                (Ok(_), None) => (Ok(()), false),
+                (Ok(data), Some(image)) => match compare(image, event, &data) {
+                    Ok(()) => (Ok(()), false),
+                    Err(why) => (Err(format!("volume {}: {why}", volume.name())), true),
+                },
+            },
+        }
+    }
+}
+
+/// Which requests of a replay touch a chunk that none before them touched.
+fn first_touches(reads: &[Event], chunk_bytes: u32) -> HashSet<usize> {
+    let chunk = u64::from(chunk_bytes.max(1));
+    let mut touched = HashSet::new();
+    let new = |(index, event): (usize, &Event)| {
+        let chunks = event.offset / chunk..=(event.offset + event.len.max(1) - 1) / chunk;
+        chunks.fold(false, |new, chunk| touched.insert(chunk) | new).then_some(index)
+    };
+    reads.iter().enumerate().filter_map(new).collect()
+}
+
+/// Compares bytes read with the image; past its end a volume reads as zeroes.
+fn compare(image: &File, event: &Event, data: &[u8]) -> Result<(), String> {
+    let mut want = vec![0; event.len as usize];
+    let mut filled = 0;
+    while filled < want.len() {
+        match image.read_at(&mut want[filled..], event.offset + filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) => return Err(format!("reading the image failed: {error}")),
+        }
+    }
+    if data == want {
+        return Ok(());
+    }
+    let at = data.iter().zip(&want).position(|(got, want)| got != want).unwrap_or(data.len().min(want.len()));
+    let place = event.offset + at as u64;
+    Err(format!("wrong data at byte {place}: {} bytes were read at {}", event.len, event.offset))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Arrivals, first_touches};
+    use crate::load::trace::{Event, Op};
+
+    #[test]
+    fn arrival_patterns_are_understood_and_start_as_they_say() {
+        assert_eq!("at-once".parse(), Ok(Arrivals::AtOnce));
+        assert_eq!("ramp:60s".parse(), Ok(Arrivals::Ramp(Duration::from_secs(60))));
+        assert_eq!("poisson:100".parse(), Ok(Arrivals::Poisson(100.0)));
+        for bad in ["", "ramp", "ramp:x", "poisson:0", "poisson:-1", "poisson:inf", "later:3s"] {
+            assert!(bad.parse::<Arrivals>().unwrap_err().contains("arrival pattern"), "{bad}");
+        }
+        assert_eq!(Arrivals::AtOnce.starts(3, 1), [Duration::ZERO; 3]);
+        let ramp = Arrivals::Ramp(Duration::from_secs(10));
+        assert_eq!(ramp.starts(3, 1), [0, 5, 10].map(Duration::from_secs));
+        assert_eq!(ramp.starts(1, 1), [Duration::ZERO]);
+        let poisson = Arrivals::Poisson(100.0).starts(10_000, 7);
+        assert!(poisson.is_sorted());
+        let last = poisson[9_999].as_secs_f64();
+        assert!((90.0..110.0).contains(&last), "10,000 at 100 per second take about 100 s, not {last}");
+        assert_ne!(poisson, Arrivals::Poisson(100.0).starts(10_000, 8));
+    }
+
+    #[test]
+    fn a_first_touch_is_of_any_new_chunk() {
+        let read = |offset, len| Event { at_us: 0, op: Op::Read, offset, len };
+        let reads = [read(0, 4096), read(4096, 4096), read(61440, 8192), read(65536, 512), read(1 << 20, 512)];
+        let mut first: Vec<_> = first_touches(&reads, 65536).into_iter().collect();
+        first.sort_unstable();
+        assert_eq!(first, [0, 2, 4]);
+    }
+}
