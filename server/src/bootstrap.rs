@@ -58,6 +58,7 @@ pub struct NodeConfig {
     /// RAM cache of the whole node.
     pub cache_bytes: u64,
     pub pin_waves: Duration,
+    pub boot_window: Duration,
     /// Disk cache of the whole node.
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
@@ -98,6 +99,7 @@ impl NodeConfig {
             idle_poll: config.idle_poll.0,
             cache_bytes: config.cache.ram_bytes.0,
             pin_waves: config.cache.pin_waves.0,
+            boot_window: config.hydration.boot_window.0,
             disk_cache: config.disk_cache(),
             guest_deadline: config.deadlines.guest_read.0,
             retry: RetryPolicy {
@@ -306,6 +308,7 @@ fn shard_config(
         stores: config.stores.clone(),
         cache_bytes: usize::try_from(config.cache_bytes).unwrap_or(usize::MAX) / shards,
         pin_waves: config.pin_waves,
+        boot_window: config.boot_window,
         disk_cache: config.disk_cache.clone(),
         guest_deadline: config.guest_deadline,
         retry: config.retry,

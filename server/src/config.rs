@@ -82,6 +82,8 @@ pub struct HydrationConfig {
     pub background_reads_max: usize,
     /// Largest coalesced read of a pack.
     pub read_bytes_max: ByteSize,
+    /// What a volume's guest touches within this of its first attachment is its boot; 0s: none is recorded.
+    pub boot_window: Span,
 }
 
 /// How long things may take.
@@ -205,6 +207,7 @@ impl Default for HydrationConfig {
             reads_max: limits.gate.gets_max,
             background_reads_max: limits.gate.gets_background_max,
             read_bytes_max: ByteSize(limits.get_bytes_max),
+            boot_window: Span(Duration::from_secs(60)),
         }
     }
 }

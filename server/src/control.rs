@@ -4,6 +4,7 @@
 //! don't notice when it stalls. What it decides itself is which volumes a request makes, in which stores, and which
 //! snapshots this node holds a reference on. `docs/http-api.md` documents the routes.
 
+mod boot_sets;
 mod cache;
 mod create;
 mod extract;
@@ -31,6 +32,7 @@ use crate::datadir::Store;
 use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
+use boot_sets::BootSets;
 use problem::Problem;
 use references::References;
 use shards::Shards;
@@ -73,6 +75,7 @@ struct Inner {
     /// Also serialises creation with the upkeep that drops unneeded references.
     references: tokio::sync::Mutex<References>,
     upkeep_due: tokio::sync::Notify,
+    boot_sets: tokio::sync::Mutex<BootSets>,
     http: Arc<http::Tally>,
 }
 
@@ -95,6 +98,7 @@ impl Control {
             next_store: AtomicUsize::new(0),
             references: tokio::sync::Mutex::new(References::default()),
             upkeep_due: tokio::sync::Notify::new(),
+            boot_sets: tokio::sync::Mutex::new(BootSets::default()),
             http: Arc::default(),
         }))
     }
@@ -110,6 +114,7 @@ impl Control {
         tokio::select! {
             never = http::serve(listener, self.router(), self.0.http.clone()) => match never {},
             () = self.keep_references() => {}
+            () = self.keep_boot_sets() => {}
             () = &mut stop => {}
         }
         Ok(())
@@ -138,6 +143,7 @@ impl Control {
             .route("/v1/stores/{label}", get(node::show_store))
             .route("/v1/images", get(snapshots::list))
             .route("/v1/images/{name}", get(snapshots::show))
+            .route("/v1/images/{name}/bootset", get(boot_sets::show).put(boot_sets::record).delete(boot_sets::drop_set))
             .route("/v1/snapshots", get(snapshots::list))
             .route("/v1/snapshots/{name}", get(snapshots::show))
             .route("/v1/volumes", get(volumes::list).post(create::create))

@@ -5,6 +5,7 @@
 
 mod ahead;
 pub mod api;
+mod boots;
 mod caching;
 mod commands;
 mod datapath;
@@ -89,6 +90,8 @@ pub struct ShardConfig {
     pub fetch_limits: QueueLimits,
     /// How far ahead of a guest that reads in order absent chunks are fetched; 0: not at all.
     pub readahead_bytes_max: u64,
+    /// What a volume's guest touches within this of its first attachment is its boot; zero: none is recorded.
+    pub boot_window: Duration,
     /// Guest reads that take longer are logged with their stages.
     pub trace_slow: Option<Duration>,
 }
@@ -116,6 +119,7 @@ struct Inner<P: Platform, O: ObjectStore> {
     miss_fills: Cell<usize>,
     /// Bytes of chunks on their way ahead of their readers.
     ahead_bytes: Cell<u64>,
+    boots: boots::Boots,
     /// Images being warmed, or that were.
     warming: RefCell<Vec<caching::Warming>>,
     in_flight: Cell<u64>,
@@ -185,6 +189,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             dirty: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(29, 30, 31, 32))),
             miss_fills: Cell::new(0),
             ahead_bytes: Cell::new(0),
+            boots: boots::Boots::default(),
             warming: RefCell::default(),
             in_flight: Cell::new(0),
             stopping: Cell::new(false),
@@ -381,6 +386,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let lsn = self.0.journal.append(&Record::Generation { volume: volume.spec.id, generation });
             self.0.journal.commit(lsn).await?;
         }
+        self.begin_recording(volume);
         self.still_attached(volume, generation, from)
     }
 

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 mod api;
 pub mod batch;
+pub mod bootset;
 pub mod cache;
 pub mod check;
 pub mod image;
@@ -48,6 +49,9 @@ enum Command {
     /// Look at the volume stores.
     #[command(subcommand)]
     Store(store::StoreCommand),
+    /// Look at what machines read when they boot from an image, record it, forget it.
+    #[command(subcommand, name = "bootset")]
+    BootSet(bootset::BootSetCommand),
     /// Look at the chunk cache, warm it with an image, drop an image from it.
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -111,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Image(command) => image::run(&cli.globals, command),
         Command::Volume(command) => volume::run(&cli.globals, command),
         Command::Batch(command) => batch::run(&cli.globals, command),
+        Command::BootSet(command) => bootset::run(&cli.globals, command),
         Command::Store(command) => store::run(&cli.globals, command),
         Command::Cache(command) => cache::run(&cli.globals, command),
         Command::ObjectStore(command) => object_store::run(&cli.globals, command),

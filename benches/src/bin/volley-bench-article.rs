@@ -1,5 +1,5 @@
 //! The published experiment, side by side: many volumes of one image boot in a wave, (a) every volume fetches for itself,
-//! (b) one fetch for all, cold, (c) the next wave, warm. Start it with `tools/bench article`, which builds everything it runs.
+//! (b) one fetch for all, cold, (c) the next wave, warm, and (d) on another cold node that knows what the image boots. Start it with `tools/bench article`, which builds everything it runs.
 //!
 //! Each volume is read as the recorded boot of Debian reads its disk, at the recorded pace times `--speed`; the wave arrives at
 //! `--arrivals` volumes per second. The object store is an S3 server of ours (`origin`) in this process, with a delay before
@@ -86,10 +86,19 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     site.answer(Some(args.store));
     let bench = Bench { args, site: &site, reads };
     eprintln!("article: each volume for itself");
-    let alone = site.node("transfer.share = false\n", |server| bench.wave(server, "a-"))?;
+    let alone =
+        site.node("transfer.share = false\nhydration.boot_window = \"0s\"\n", |server| bench.wave(server, "a-"))?;
     eprintln!("article: one fetch for all, cold and warm");
-    let (cold, warm) = site.node("", |server| Ok((bench.wave(server, "b-")?, bench.wave(server, "c-")?)))?;
-    let mut figures = figures(&alone, &cold, &warm);
+    let (cold, warm) = site.node("hydration.boot_window = \"0s\"\n", |server| {
+        Ok((bench.wave(server, "b-")?, bench.wave(server, "c-")?))
+    })?;
+    eprintln!("article: cold, with a boot set");
+    let known = site.node("", |server| {
+        let record = ["bootset", "record", "debian", "--trace", BOOT_TRACE];
+        run(&mut site.volley(Some(server), &record)?)?;
+        bench.wave(server, "d-")
+    })?;
+    let mut figures = figures(&alone, &cold, &warm, &known);
     bench.hydrate(&mut figures)?;
     Ok(figures)
 }
@@ -150,8 +159,8 @@ impl Bench<'_> {
     fn wave(&self, server: &Server, prefix: &str) -> Result<Wave> {
         let count = self.args.volumes.to_string();
         let create = ["volume", "create", "--snapshot", "debian", "--rate", "none", "--count", &count];
-        run(self.site.volley(Some(server), &create)?.args(["--name-prefix", prefix]))?;
         let _ = self.site.origin().take_counts();
+        run(self.site.volley(Some(server), &create)?.args(["--name-prefix", prefix]))?;
         let begun = Instant::now();
         let report = self.boot_all(&server.ready_word("data")?, prefix)?;
         let (gets, bytes) = self.site.origin().take_counts();
@@ -186,10 +195,10 @@ impl Bench<'_> {
     }
 }
 
-fn figures(alone: &Wave, cold: &Wave, warm: &Wave) -> Vec<Figure> {
+fn figures(alone: &Wave, cold: &Wave, warm: &Wave, known: &Wave) -> Vec<Figure> {
     let mut figures = Vec::new();
     let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
-    for (name, wave) in [("alone", alone), ("cold", cold), ("warm", warm)] {
+    for (name, wave) in [("alone", alone), ("cold", cold), ("warm", warm), ("cold_bootset", known)] {
         let mut figure = |what: &str, unit: &'static str, value: f64| {
             figures.push(Figure::alone(&format!("article_{name}_{what}"), unit, &[value]));
         };
@@ -210,8 +219,10 @@ fn figures(alone: &Wave, cold: &Wave, warm: &Wave) -> Vec<Figure> {
         ("article_priority_gets_per_mib", "1/MiB", cold.gets as f64 / mib),
         ("article_p99_reduction_warm", "%", reduction(p99(warm), p99(alone))),
         ("article_p99_reduction_cold", "%", reduction(p99(cold), p99(alone))),
+        ("article_p99_reduction_cold_bootset", "%", reduction(p99(known), p99(alone))),
         ("article_mean_reduction_warm", "%", reduction(mean(warm), mean(alone))),
         ("article_mean_reduction_cold", "%", reduction(mean(cold), mean(alone))),
+        ("article_mean_reduction_cold_bootset", "%", reduction(mean(known), mean(alone))),
     ] {
         figures.push(Figure::alone(name, unit, &[value]));
     }

@@ -86,6 +86,9 @@ reads_max = {reads_max}
 background_reads_max = {background_reads_max}
 # Neighbouring chunks of a pack are fetched in one read of at most this size.
 read_bytes_max = "{read_bytes_max}"
+# What a volume's guest touches within this of its first attachment is its boot. Boots are learned from, and later volumes
+# of the image hydrate first what boots touch. "0s": none is recorded.
+boot_window = "{boot_window}"
 
 # The object store as the whole node uses it; every shard has an equal share.
 [transfer]
@@ -127,6 +130,7 @@ corrupt_attempts = {corrupt_attempts}
         reads_max = hydration.reads_max,
         background_reads_max = hydration.background_reads_max,
         read_bytes_max = hydration.read_bytes_max,
+        boot_window = hydration.boot_window,
         share = transfer.share,
         bandwidth = transfer.bandwidth,
         gets_per_second = transfer.gets_per_second,

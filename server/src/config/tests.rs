@@ -46,6 +46,7 @@ fn printing_covers_every_key() {
             reads_max: 5,
             background_reads_max: 2,
             read_bytes_max: ByteSize(8 << 20),
+            boot_window: Span(Duration::from_secs(9)),
         },
         transfer: TransferConfig {
             share: false,

@@ -95,6 +95,7 @@ impl Control {
                     references.hold(self, name).await?;
                     self.check_still_there(name, manifest.id).await?;
                 }
+                self.prepare_boots(&manifest).await;
                 template
             }
         };

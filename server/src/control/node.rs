@@ -101,7 +101,8 @@ pub(super) async fn show_store(State(control): State<Control>, Segment(label): S
 pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoResponse> {
     let stats = control.stats().await?;
     let stores: Vec<StoreGauges> = control.0.stores.iter().filter_map(StoreGauges::of).collect();
-    let of_process = [control.0.http.metrics().to_vec(), control.ledger_metrics().await?].concat();
+    let of_process =
+        [control.0.http.metrics().to_vec(), control.ledger_metrics().await?, control.boot_set_metrics().await].concat();
     let text = metrics::encode(&stats, &stores, &of_process, control.started_unix_ms());
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
 }

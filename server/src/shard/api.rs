@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::cache::TierStatus;
 use crate::error::Result;
 use crate::histogram::HistogramCounts;
+use crate::transfer::Digest;
 use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
@@ -240,6 +241,18 @@ pub enum Command {
         snapshot: SnapshotRef,
         reply: ReplyTo<Result<Dropped>>,
     },
+    /// Volumes of the snapshot hydrate these chunks first, in this order; with `prefetch` the shard fetches those that it
+    /// owns into the cache now. Answered when it has begun. Empty: there is no set.
+    UseBootSet {
+        snapshot: SnapshotRef,
+        chunks: Arc<[u32]>,
+        prefetch: bool,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// The boots recorded since the last time.
+    TakeBoots {
+        reply: ReplyTo<Vec<RecordedBoot>>,
+    },
     /// Runs an object-store operation on this shard for the control thread.
     Objects {
         op: ObjectOp,
@@ -249,6 +262,14 @@ pub enum Command {
     Stop {
         reply: ReplyTo<()>,
     },
+}
+
+/// What the guest of a volume touched when it booted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordedBoot {
+    pub snapshot: SnapshotRef,
+    /// Digests of the chunks in the order of their first touch, zero chunks left out.
+    pub touched: Vec<Digest>,
 }
 
 /// A shard's part of the chunk cache.

@@ -52,6 +52,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Command::WarmCache { snapshot, pin, reply } => drop(reply.send(self.warm_cache(&snapshot, pin).await)),
             Command::UnpinCache { image, reply } => drop(reply.send(self.unpin_image(&image))),
             Command::DropCache { snapshot, reply } => drop(reply.send(self.drop_cache(&snapshot).await)),
+            Command::UseBootSet { snapshot, chunks, prefetch, reply } => {
+                drop(reply.send(self.use_boot_set(&snapshot, &chunks, prefetch).await));
+            }
+            Command::TakeBoots { reply } => drop(reply.send(self.take_boots())),
             Command::Objects { op, reply } => drop(reply.send(self.object_op(op).await)),
             Command::Stop { reply } => {
                 self.stop().await;

@@ -149,6 +149,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         volume.counters.reads.add(1);
         volume.counters.read_bytes.add(range.len);
         volume.account.asked_bytes.add(range.len);
+        self.note_touched(&volume, range.chunks(&volume));
         self.read_ahead(&volume, range.chunks(&volume));
         let mut out = vec![0; len as usize];
         if volume.map.borrow().is_resident(range.sectors()) {
@@ -551,6 +552,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return None;
         }
         self.0.counters.priority_fetches.add(1);
+        drop(map);
+        self.note_touched(&volume, range.chunks(&volume));
         self.0.counters.priority_fetch_hits.add(1);
         volume.counters.priority_fetches.add(1);
         Some(Ok(Reply::Done))
@@ -561,6 +564,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let range = ByteRange::check(&volume, offset, len)?;
         self.0.counters.priority_fetches.add(1);
         volume.counters.priority_fetches.add(1);
+        self.note_touched(&volume, range.chunks(&volume));
         let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         let window_bytes = chunk_bytes * PREFETCH_WINDOW_CHUNKS as u64;
         let mut at = range.offset;

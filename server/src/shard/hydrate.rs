@@ -20,8 +20,9 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
 use crate::shard::fill_turns::FillTurns;
+use crate::shard::residency::ResidencyMap;
 use crate::shard::signal::{Signal, within};
-use crate::shard::volume::{Volume, is_zero};
+use crate::shard::volume::{Hydration, Volume, is_zero};
 use crate::snapshot::{ChunkEntry, Manifest};
 use crate::transfer::{ChunkSource, FetchClass, STRETCH_BYTES};
 use crate::types::{HydrationRate, VolumeId};
@@ -33,6 +34,8 @@ const RUN_BYTES: u64 = 8 << 20;
 const RUNS_MAX: usize = 8;
 /// Chunks of a run written at the same time.
 pub(super) const RUN_FILLS_MAX: usize = 2;
+/// Chunks of a boot set in one run: they lie anywhere, and the run's first error puts off the rest.
+const BOOT_RUN_CHUNKS: usize = 8;
 /// Zero chunks made resident in one step; bounds how many chunk locks are held together.
 pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -69,13 +72,21 @@ impl Store {
 }
 
 enum Next<P: Platform> {
-    Run(Rc<Volume<P>>, Vec<u32>),
+    Run(Rc<Volume<P>>, Run),
     /// Nothing to do before this time; `None`: before something changes.
     Wait(Option<Time>),
 }
 
+/// Chunks to bring, and how urgent they are.
+struct Run {
+    chunks: Vec<u32>,
+    class: FetchClass,
+    /// Its bytes have come off the budgets: at once where the manifest is known, so that no other run starts on them.
+    charged: bool,
+}
+
 enum Turn {
-    Run(Vec<u32>),
+    Run(Run),
     /// Not now: come back at this time, or when one of its runs ends.
     Later(Option<Time>),
     /// Nothing left that the hydrator should do.
@@ -97,10 +108,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         while !self.0.stopping.get() {
             let woken = state.wake.waiter();
             match self.next_run(store) {
-                Next::Run(volume, chunks) => {
+                Next::Run(volume, run) => {
                     state.running.set(state.running.get() + 1);
                     let shard = self.clone();
-                    self.0.platform.spawn(Queue::Background, async move { shard.hydrate_run(volume, chunks).await });
+                    self.0.platform.spawn(Queue::Background, async move { shard.hydrate_run(volume, run).await });
                     self.0.platform.yield_now().await;
                 }
                 Next::Wait(Some(until)) => {
@@ -132,10 +143,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 state.queue.borrow_mut().push_front(id);
                 return Next::Wait(Some(now.after(budget_wait)));
             }
-            match turn(&volume, now) {
-                Turn::Run(chunks) => {
+            let boot_set = volume.spec.snapshot.as_ref().and_then(|snapshot| self.0.boots.set_of(snapshot));
+            match turn(&volume, boot_set.as_deref(), now) {
+                Turn::Run(mut run) => {
+                    if let Some(manifest) = volume.manifest() {
+                        self.charge(&volume, &manifest, &run.chunks);
+                        run.charged = true;
+                    }
                     state.queue.borrow_mut().push_back(id);
-                    return Next::Run(volume, chunks);
+                    return Next::Run(volume, run);
                 }
                 Turn::Later(at) => {
                     state.queue.borrow_mut().push_back(id);
@@ -150,33 +166,47 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Next::Wait(earliest)
     }
 
-    async fn hydrate_run(self, volume: Rc<Volume<P>>, chunks: Vec<u32>) {
-        let result = self.hydrate_chunks(&volume, &chunks).await;
-        self.note_run(&volume, &chunks, result);
+    async fn hydrate_run(self, volume: Rc<Volume<P>>, run: Run) {
+        let result = self.hydrate_chunks(&volume, &run).await;
+        self.note_run(&volume, &run.chunks, result);
         let store = &self.0.stores[volume.store];
         store.running.set(store.running.get() - 1);
         store.wake.wake_all();
     }
 
-    async fn hydrate_chunks(&self, volume: &Rc<Volume<P>>, chunks: &[u32]) -> Result<()> {
+    async fn hydrate_chunks(&self, volume: &Rc<Volume<P>>, run: &Run) -> Result<()> {
         let manifest = self.manifest_of(volume).await?;
-        let (zero, stored): (Vec<u32>, Vec<u32>) = chunks.iter().partition(|chunk| is_zero(&manifest, **chunk));
+        let (zero, stored): (Vec<u32>, Vec<u32>) = run.chunks.iter().partition(|chunk| is_zero(&manifest, **chunk));
         for run in zero.chunk_by(|a, b| a + 1 == *b) {
             volume.fill_zero(run[0]..=run[run.len() - 1]).await?;
             self.note_dirty(volume);
         }
-        let bytes: u64 = stored.iter().map(|chunk| u64::from(manifest.chunk_len(*chunk))).sum();
+        if !run.charged {
+            self.charge(volume, &manifest, &run.chunks);
+        }
+        self.copy_chunks(volume, &manifest, stored, run.class).await
+    }
+
+    /// What chunks will move comes off the budgets of their store and volume.
+    fn charge(&self, volume: &Volume<P>, manifest: &Manifest, chunks: &[u32]) {
+        let stored = chunks.iter().filter(|chunk| !is_zero(manifest, **chunk));
+        let bytes: u64 = stored.map(|chunk| u64::from(manifest.chunk_len(*chunk))).sum();
         let now = self.0.platform.now();
         self.0.stores[volume.store].budget.borrow_mut().charge(bytes, now);
         volume.hydration.borrow_mut().bucket.charge(bytes, now);
-        self.copy_chunks(volume, &manifest, stored).await
     }
 
     /// Copies what can be copied; the first error is told after the rest is done.
-    async fn copy_chunks(&self, volume: &Rc<Volume<P>>, manifest: &Manifest, chunks: Vec<u32>) -> Result<()> {
+    async fn copy_chunks(
+        &self,
+        volume: &Rc<Volume<P>>,
+        manifest: &Manifest,
+        chunks: Vec<u32>,
+        class: FetchClass,
+    ) -> Result<()> {
         let sources =
             chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk, &volume.account.origin)).collect();
-        let copies = chunks.into_iter().zip(self.request(sources, FetchClass::Background));
+        let copies = chunks.into_iter().zip(self.request(sources, class));
         let copies = copies.map(async |(chunk, answer)| {
             let data = answer.chunk().await?.data;
             let _turn = self.fill_turn(volume, data.len() as u64).await;
@@ -211,6 +241,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         // A corrupt chunk must not hold up the rest: the sector order comes back to it after the others.
         if error.status != Status::Corrupt {
             hydration.cursor = hydration.cursor.min(chunks[0]);
+            hydration.boot_cursor = 0;
         }
         hydration.last_error = Some(error.message);
     }
@@ -226,7 +257,7 @@ fn waiting_on(error: &Error) -> &'static str {
 }
 
 /// What the hydrator may do for a volume now. Chooses the run and marks its chunks as running.
-fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
+fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, now: Time) -> Turn {
     let map = volume.map.borrow();
     let mut hydration = volume.hydration.borrow_mut();
     if volume.deleted.get() || map.is_full() {
@@ -238,7 +269,7 @@ fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
     }
     while let Some(owed) = hydration.owed.pop_first() {
         if !map.is_chunk_resident(owed) && hydration.running.insert(owed) {
-            return Turn::Run(vec![owed]);
+            return Turn::Run(Run { chunks: vec![owed], class: FetchClass::Background, charged: false });
         }
     }
     if hydration.rate == HydrationRate::None {
@@ -249,6 +280,12 @@ fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
     if !wait.is_zero() {
         hydration.state = "rate";
         return Turn::Later(Some(now.after(wait)));
+    }
+    let boot = next_boot_chunks(volume, &map, &mut hydration, boot_set.unwrap_or_default());
+    if !boot.is_empty() {
+        hydration.running.extend(boot.iter().copied());
+        hydration.state = "running";
+        return Turn::Run(Run { chunks: boot, class: FetchClass::BootSet, charged: false });
     }
     let Some(first) = next_chunk(volume, &map, &hydration) else { return Turn::Later(None) };
     let manifest = volume.manifest();
@@ -265,7 +302,25 @@ fn turn<P: Platform>(volume: &Volume<P>, now: Time) -> Turn {
     hydration.running.extend(chunks.iter().copied());
     hydration.cursor = first + chunks.len() as u32;
     hydration.state = "running";
-    Turn::Run(chunks)
+    Turn::Run(Run { chunks, class: FetchClass::Background, charged: false })
+}
+
+/// The next chunks of the boot set that are neither resident nor on their way.
+fn next_boot_chunks<P: Platform>(
+    volume: &Volume<P>,
+    map: &ResidencyMap,
+    hydration: &mut Hydration,
+    boot_set: &[u32],
+) -> Vec<u32> {
+    let mut chunks = Vec::new();
+    while let Some(chunk) = boot_set.get(hydration.boot_cursor).filter(|_| chunks.len() < BOOT_RUN_CHUNKS) {
+        hydration.boot_cursor += 1;
+        let inside = *chunk < volume.spec.chunks();
+        if inside && !map.is_chunk_resident(*chunk) && !hydration.running.contains(chunk) {
+            chunks.push(*chunk);
+        }
+    }
+    chunks
 }
 
 /// Where a chunk's stored bytes are: pack and stretch in it; `None` for a zero chunk.
@@ -278,11 +333,7 @@ pub(super) fn stretch_of(manifest: &Manifest, chunk: u32) -> Option<(u32, u64)> 
 }
 
 /// The next chunk in sector order that is neither resident nor on its way; wraps once.
-fn next_chunk<P: Platform>(
-    volume: &Volume<P>,
-    map: &crate::shard::residency::ResidencyMap,
-    hydration: &crate::shard::volume::Hydration,
-) -> Option<u32> {
+fn next_chunk<P: Platform>(volume: &Volume<P>, map: &ResidencyMap, hydration: &Hydration) -> Option<u32> {
     let from = |start: u32| {
         let mut chunk = map.next_absent_chunk(start);
         while let Some(c) = chunk.filter(|c| hydration.running.contains(c)) {

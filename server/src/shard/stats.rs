@@ -68,6 +68,8 @@ counters! {
     filled_chunks: "Chunks written into volumes by hydration.",
     filled_bytes: "Bytes written into volumes by hydration.",
     fills_deferred: "Fills of read misses put off because the store's hydration share was spent.",
+    boots_recorded: "First boots of volumes whose touched chunks were recorded.",
+    boot_chunks_prefetched: "Chunks of boot sets fetched into the cache before anybody asked.",
     readahead_chunks: "Chunks fetched ahead of guests that read in order.",
     readahead_used_chunks: "Chunks asked for ahead of a guest that it read afterwards.",
     readahead_wasted_chunks: "Chunks asked for ahead of a guest that went on elsewhere, or whose volume was deleted.",

@@ -57,6 +57,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         while !self.0.stopping.get() {
             self.0.platform.sleep(TICK).await;
             tick += 1;
+            self.end_recordings();
             self.0.transfer.release_waves();
             if tick.is_multiple_of(SYNC_EVERY_TICKS) {
                 self.sync_dirty().await;

@@ -15,6 +15,7 @@ use crate::journal::{Journal, Record};
 use crate::mutation::{self, Mutation};
 use crate::platform::{File, OpenMode, Platform, Time};
 use crate::shard::api::ConnectionId;
+use crate::shard::boots::Recording;
 use crate::shard::hydrate::ZERO_RUN_CHUNKS_MAX;
 use crate::shard::locks::{ChunkLocks, Mode};
 use crate::shard::readahead::ReadAhead;
@@ -57,6 +58,8 @@ pub struct Hydration {
     pub cursor: u32,
     /// Chunks being fetched or filled by the hydrator, or ahead of a reader, now.
     pub running: hashbrown::HashSet<u32, ahash::RandomState>,
+    /// How far the boot set has been gone through.
+    pub boot_cursor: usize,
     /// Chunks that guests missed while the store's share was spent: served before the sector order.
     pub owed: std::collections::BTreeSet<u32>,
     /// Not before this time, after an error.
@@ -87,6 +90,8 @@ pub struct Volume<P: Platform> {
     pub deleted: Cell<bool>,
     pub hydration: RefCell<Hydration>,
     pub streams: RefCell<ReadAhead>,
+    /// Its first boot, while that is recorded.
+    pub recording: RefCell<Option<Recording>>,
     pub counters: VolumeCounters,
     /// On whose account its chunks are fetched.
     pub account: Rc<Account>,
@@ -136,6 +141,7 @@ impl<P: Platform> Volume<P> {
             rate: spec.rate,
             bucket,
             cursor: 0,
+            boot_cursor: 0,
             running: hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(21, 22, 23, 24)),
             owed: std::collections::BTreeSet::new(),
             not_before: now,
@@ -161,6 +167,7 @@ impl<P: Platform> Volume<P> {
             deleted: Cell::new(false),
             hydration: RefCell::new(hydration),
             streams: RefCell::default(),
+            recording: RefCell::default(),
             counters: VolumeCounters::default(),
             account,
             manifest: RefCell::new(None),

@@ -13,6 +13,7 @@ use super::{
     MANIFEST_PREFIX, Manifest, ManifestError, PACK_PREFIX, import_key, manifest_key, marker, parse_pack_key,
     reference_prefix,
 };
+use crate::bootset::boot_set_key;
 use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
 
 /// Collection starts again when imports or deletions change the manifests under it; never longer than this.
@@ -95,6 +96,7 @@ pub async fn delete<S: ObjectStore>(store: &S, name: &str) -> Result<Collected, 
             Err(e) => Err(e.into()),
         };
     }
+    store.delete(&boot_set_key(name)).await?;
     let Ok(manifest) = decode(name, &bytes) else { return Ok(Collected::default()) };
     let own: HashSet<&str> = manifest.pack_keys().iter().map(String::as_str).collect();
     let packs = store.list(PACK_PREFIX).await?;

@@ -276,6 +276,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         stores: STORES.iter().map(|label| store(label)).collect(),
         cache_bytes: settings.cache_bytes,
         pin_waves: Duration::from_secs(2),
+        boot_window: Duration::from_secs(1),
         disk_cache: settings.disk_cache_bytes.map(|bytes| DiskCacheConfig { dir: PathBuf::from(CACHE), bytes }),
         guest_deadline: settings.deadline,
         retry: RetryPolicy {

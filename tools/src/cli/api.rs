@@ -47,6 +47,12 @@ impl Api {
 
     /// # Errors
     /// See [`Api::get`].
+    pub fn put(&self, path: &str, body: &Value) -> CliResult<Value> {
+        self.answer(self.agent.put(self.url(path)).send_json(body))
+    }
+
+    /// # Errors
+    /// See [`Api::get`].
     pub fn patch(&self, path: &str, body: &Value) -> CliResult<Value> {
         self.answer(self.agent.patch(self.url(path)).send_json(body))
     }

@@ -5,6 +5,7 @@
 
 mod batch;
 mod boot;
+mod bootset;
 mod crash;
 mod disk;
 mod errors;

@@ -1,5 +1,6 @@
 //! The first question to a bucket: are we let in, and is what lies under the prefix ours?
 
+use crate::bootset::BOOT_SET_PREFIX;
 use crate::object_store::ObjectError;
 use crate::platform::Platform;
 use crate::snapshot::{IMPORT_PREFIX, MANIFEST_PREFIX, PACK_PREFIX, REFERENCE_PREFIX};
@@ -28,7 +29,7 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
             )),
             error => error,
         })?;
-        let ours = [IMPORT_PREFIX, MANIFEST_PREFIX, PACK_PREFIX, REFERENCE_PREFIX, TRIAL_PREFIX];
+        let ours = [BOOT_SET_PREFIX, IMPORT_PREFIX, MANIFEST_PREFIX, PACK_PREFIX, REFERENCE_PREFIX, TRIAL_PREFIX];
         let mut names = page.common_prefixes.iter().map(|group| group.prefix.as_str());
         let name_of = |full: &str| full.strip_prefix(&self.inner.prefix).unwrap_or(full).to_owned();
         let is_ours = |full: &str| ours.contains(&name_of(full).as_str());
