@@ -82,6 +82,11 @@ impl Content {
         self.apply_some(change, |_| true);
     }
 
+    /// Whether readers see what a write wrote.
+    fn shows(&self, change: &Change) -> bool {
+        matches!(change, Change::Write { offset, data } if self.read(*offset, data.len()) == *data)
+    }
+
     /// Applies the parts of `change` that `keep` lets through; it is asked once per unit that can't be torn.
     pub(super) fn apply_some(&mut self, change: &Change, mut keep: impl FnMut(u64) -> bool) {
         match change {
@@ -196,11 +201,12 @@ impl Inode {
         self.live.apply(&pending.change);
     }
 
-    /// The device failed: any part of the change may have happened.
+    /// The device failed: any part of the change may have happened, and what readers have seen of it has.
     pub(super) fn complete_torn(&mut self, id: u64, rng: &mut SimRng) {
         let Some(index) = self.pending.iter().position(|p| p.id == id) else { return };
         let change = self.pending.remove(index).change;
-        for part in torn_parts(change, rng) {
+        let parts: Vec<Change> = torn_parts(change).filter(|part| rng.coin() | self.live.shows(part)).collect();
+        for part in parts {
             self.next_id += 1;
             self.completions += 1;
             self.live.apply(&part);
@@ -260,14 +266,18 @@ fn is_covered(pending: &Pending, point: u64) -> bool {
     pending.completed.is_some_and(|completed| completed <= point)
 }
 
-fn torn_parts(change: Change, rng: &mut SimRng) -> Vec<Change> {
-    match change {
-        Change::Write { offset, data } => data
-            .chunks(DISK_SECTOR as usize)
-            .enumerate()
-            .filter(|_| rng.coin())
-            .map(|(i, sector)| Change::Write { offset: offset + i as u64 * DISK_SECTOR, data: sector.to_vec() })
-            .collect(),
-        whole => Some(whole).filter(|_| rng.coin()).into_iter().collect(),
-    }
+/// The parts of a change that happen or do not, each for itself.
+fn torn_parts(change: Change) -> impl Iterator<Item = Change> {
+    let (sectors, whole) = match change {
+        Change::Write { offset, data } => (Some((offset, data)), None),
+        whole => (None, Some(whole)),
+    };
+    let sectors = sectors.into_iter().flat_map(|(offset, data)| {
+        let part = move |(i, sector): (usize, &[u8])| Change::Write {
+            offset: offset + i as u64 * DISK_SECTOR,
+            data: sector.to_vec(),
+        };
+        data.chunks(DISK_SECTOR as usize).enumerate().map(part).collect::<Vec<_>>()
+    });
+    sectors.chain(whole)
 }
