@@ -151,6 +151,8 @@ fn start_log(filter: &str) -> Result<(), String> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // A log that can't be written must not end the server: the complaint would panic.
+        .log_internal_errors(false)
         .init();
     Ok(())
 }

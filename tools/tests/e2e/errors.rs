@@ -150,3 +150,19 @@ fn tools_without_a_server_say_so() {
     command.env("VOLLEY_SERVER", port.to_string());
     run(command).fails_naming(&[&port.to_string()]);
 }
+
+#[test]
+fn a_log_that_can_not_be_written_does_not_end_the_server() {
+    let site = Site::new();
+    write_image(&site.path("image.raw"), 2 * MIB, 1);
+    site.import(&site.path("image.raw"), "debian-12");
+    let plain = site.node_command(&NodeOptions::default());
+    let mut command = Command::new("sh");
+    // Every write to this device says that the disk is full.
+    command.args(["-c", "exec \"$@\" 2>/dev/full", "sh"]).arg(plain.get_program()).args(plain.get_args());
+    let node = Site::start_command(command);
+    node.create(&site, "debian-12", 2, "vm-");
+    node.volley(&site, &["volume", "delete", "vm-0"]).success();
+    assert_eq!(node.json(&site, &["volume", "list"]).as_array().map(Vec::len), Some(1));
+    assert!(node.stop().0.success());
+}
