@@ -2,6 +2,7 @@
 //! half-made.
 
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 use crate::foreign::served;
 use crate::harness::{NodeOptions, Site, run, volleyd};
