@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -53,6 +54,12 @@ impl Figure {
         let ratios: Vec<f64> = runs.iter().map(|run| run.ours / run.peer).collect();
         Figure { ratio: Some(median(&ratios)), peer: Some(peer.to_owned()), ..Figure::alone(figure, unit, &ours) }
     }
+}
+
+/// A duration in milliseconds, as figures have it.
+#[must_use]
+pub fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }
 
 /// The middle value; of an even number the mean of the two in the middle.

@@ -44,8 +44,7 @@ pub fn boot_image(path: &Path, reads: &[Event]) -> Result<(), String> {
     let said = |e: std::io::Error| format!("{}: {e}", path.display());
     let file = std::fs::File::create(path).map_err(said)?;
     file.set_len(IMAGE_BYTES).map_err(said)?;
-    let read = reads.iter().flat_map(|r| r.offset / CHUNK_BYTES..(r.offset + r.len).div_ceil(CHUNK_BYTES));
-    let mut chunks: BTreeSet<u64> = read.collect();
+    let mut chunks: BTreeSet<u64> = reads.iter().flat_map(|read| read.chunks(CHUNK_BYTES)).collect();
     chunks.extend((0..OTHER_DATA_CHUNKS).map(|n| n * (IMAGE_BYTES / CHUNK_BYTES) / OTHER_DATA_CHUNKS));
     for chunk in chunks {
         let data = compressible(chunk + 1, CHUNK_BYTES as usize);

@@ -10,15 +10,18 @@ use crate::process::{Result, Server, run, sibling};
 /// Nobody waits for the object store's manners while images are put there.
 const AT_ONCE: Manners = Manners { first_byte: Duration::ZERO, bytes_per_second: 10 << 30 };
 
-/// How the object store answers while it is measured.
-#[derive(Clone, Copy, Debug, clap::Args)]
-pub struct StoreArgs {
+/// Where to work, and how the object store answers while it is measured.
+#[derive(Clone, Debug, clap::Args)]
+pub struct SiteArgs {
     /// Delay of the object store before each answer, in milliseconds.
     #[arg(long, default_value_t = 20)]
     pub first_byte_ms: u64,
     /// Bandwidth of each connection to the object store, in MiB/s.
     #[arg(long, default_value_t = 100)]
     pub connection_mib: u64,
+    /// Work there: a folder on a disk with direct I/O. Removed afterwards.
+    #[arg(long, default_value = ".cache/bench", value_name = "DIR")]
+    pub dir: PathBuf,
 }
 
 /// A folder for everything, which goes away with this, and the object store.
@@ -29,11 +32,12 @@ pub struct Site {
 }
 
 impl Site {
-    /// Works in a new folder of `parent`, which is on a disk with direct I/O.
+    /// Works in a new folder of the one given.
     ///
     /// # Errors
     /// When the folder can't be made or the object store can't listen.
-    pub fn new(parent: &Path) -> Result<Site> {
+    pub fn new(args: &SiteArgs) -> Result<Site> {
+        let parent = &args.dir;
         let said = |e: std::io::Error| format!("{}: {e}", parent.display());
         std::fs::create_dir_all(parent).map_err(said)?;
         let files = tempfile::tempdir_in(parent).map_err(said)?;
@@ -53,7 +57,7 @@ impl Site {
     }
 
     /// From now on the object store answers so; `None`: as fast as it can.
-    pub fn answer(&self, args: Option<StoreArgs>) {
+    pub fn answer(&self, args: Option<&SiteArgs>) {
         self.origin.set_manners(args.map_or(AT_ONCE, |args| Manners {
             first_byte: Duration::from_millis(args.first_byte_ms),
             bytes_per_second: args.connection_mib << 20,

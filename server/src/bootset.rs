@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use thiserror::Error;
 
-use crate::snapshot::{ChunkEntry, Manifest};
+use crate::snapshot::Manifest;
 use crate::transfer::Digest;
 
 /// Key prefix of boot sets in the object store; the rest of the key is the image's name.
@@ -133,9 +133,7 @@ impl BootSet {
         let places: HashMap<Digest, usize> = self.entries.iter().enumerate().map(|(i, e)| (e.digest, i)).collect();
         let mut found: Vec<Option<u32>> = vec![None; self.entries.len()];
         for chunk in 0..manifest.chunk_count() {
-            if let ChunkEntry::Stored { digest, .. } = manifest.chunk(chunk)
-                && let Some(place) = places.get(&digest)
-            {
+            if let Some(place) = manifest.digest(chunk).and_then(|digest| places.get(&digest)) {
                 found[*place].get_or_insert(chunk);
             }
         }

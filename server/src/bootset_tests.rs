@@ -1,3 +1,5 @@
+//! What boots teach a set, its bounds, and its bytes.
+
 use proptest::prelude::*;
 
 use super::{BadBootSet, BootSet, CHUNKS_MAX, Learned};

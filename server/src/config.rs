@@ -3,6 +3,7 @@
 //! Unknown keys are errors, and `volleyd --print-config` writes out every key, so a typing error can't silently leave
 //! a default in force. `docs/config.md` describes the keys for operators.
 
+mod cache;
 mod print;
 mod transfer;
 
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
+pub use cache::{CACHE_RAM_BYTES_MIN, CacheConfig};
 pub use transfer::TransferConfig;
 
 use crate::cache::disk::DiskCacheConfig;
@@ -54,20 +56,6 @@ pub struct Config {
     /// Volume stores; none means one called `default` at `<data>/store`.
     #[serde(rename = "store")]
     pub stores: Vec<StoreConfig>,
-}
-
-/// The chunk cache.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CacheConfig {
-    /// RAM for chunks of the whole node, split evenly over the shards.
-    pub ram_bytes: ByteSize,
-    /// What guests of a batch of volumes ask for stays in RAM until none has asked for so long; 0s: not at all.
-    pub pin_waves: Span,
-    /// Disk for chunks of the whole node, split evenly over the shards; 0: no disk cache.
-    pub disk_bytes: ByteSize,
-    /// Where the disk cache lies; `<data>/cache` if not given.
-    pub dir: Option<PathBuf>,
 }
 
 /// Limits of hydration. Per shard, so that nothing is shared between cores.
@@ -157,12 +145,6 @@ pub struct ConfigError(String);
 pub const CORES_MAX: usize = 1024;
 /// A shard that polls for longer hardly ever sleeps: nobody wants that by mistake.
 pub const IDLE_POLL_MAX: Duration = Duration::from_millis(10);
-/// Below this a shard could not even hold the chunks in flight.
-pub const CACHE_RAM_BYTES_MIN: u64 = 8 << 20;
-/// What was not asked for in an hour is no longer a wave's.
-pub const PIN_WAVES_MAX: Duration = Duration::from_secs(3600);
-/// Below this a shard's part could not hold the chunks of one large read.
-pub const CACHE_DISK_BYTES_MIN: u64 = 64 << 20;
 /// Label of the store that exists when none is configured.
 pub const DEFAULT_STORE_LABEL: &str = "default";
 
@@ -184,17 +166,6 @@ impl Default for Config {
             retries: RetryConfig::default(),
             s3: S3Config::default(),
             stores: Vec::new(),
-        }
-    }
-}
-
-impl Default for CacheConfig {
-    fn default() -> CacheConfig {
-        CacheConfig {
-            ram_bytes: ByteSize(256 << 20),
-            pin_waves: Span(Duration::from_secs(60)),
-            disk_bytes: ByteSize(0),
-            dir: None,
         }
     }
 }
@@ -321,20 +292,7 @@ impl Config {
         if self.idle_poll.0 > IDLE_POLL_MAX {
             return fail(format!("idle_poll: {} is more than {}", self.idle_poll, Span(IDLE_POLL_MAX)));
         }
-        if self.cache.ram_bytes.0 < CACHE_RAM_BYTES_MIN {
-            let min = ByteSize(CACHE_RAM_BYTES_MIN);
-            return fail(format!("cache.ram_bytes: {} is less than {min}", self.cache.ram_bytes));
-        }
-        if self.cache.pin_waves.0 > PIN_WAVES_MAX {
-            return fail(format!("cache.pin_waves: {} is more than {}", self.cache.pin_waves, Span(PIN_WAVES_MAX)));
-        }
-        if self.cache.disk_bytes.0 != 0 && self.cache.disk_bytes.0 < CACHE_DISK_BYTES_MIN {
-            let min = ByteSize(CACHE_DISK_BYTES_MIN);
-            return fail(format!("cache.disk_bytes: {} is less than {min}, and not 0", self.cache.disk_bytes));
-        }
-        if self.cache.dir.as_ref().is_some_and(|dir| dir.as_os_str().is_empty()) {
-            return fail("cache.dir: the directory of the disk cache must not be empty".to_string());
-        }
+        self.cache.check()?;
         if let Some(Err(e)) = self.object_store.as_ref().map(|url| url.parse::<ObjectStoreUrl>()) {
             return fail(format!("object_store: {e}"));
         }

@@ -5,17 +5,20 @@
 
 mod ahead;
 pub mod api;
+mod attach;
 mod boots;
 mod caching;
 mod commands;
 mod datapath;
 mod extents;
 mod fill_turns;
+mod fills;
 mod hydrate;
 mod invariants;
 mod locks;
 mod manifests;
 pub mod mesh;
+mod priority;
 pub mod readahead;
 pub mod residency;
 pub(crate) mod signal;
@@ -35,15 +38,15 @@ use crate::cache::RamLimits;
 use crate::cache::disk::DiskCacheConfig;
 use crate::connection::Connections;
 use crate::error::{Error, Result, Status};
-use crate::journal::{Journal, Record};
-use crate::mutation::{self, Mutation};
+use crate::journal::Journal;
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::snapshot::Manifest;
 use crate::transfer::ledger::Origin;
 use crate::transfer::{QueueLimits, RetryPolicy, Transfer};
 use crate::types::{VolumeId, VolumeState};
-use api::{AttachInfo, Command, ConnectionId, Handler, Reply, Request, ShardMap};
+use api::{Command, ConnectionId, Handler, Reply, Request, ShardMap};
+use attach::attach_info;
 use datapath::Claim;
 use hydrate::Store;
 use manifests::Manifests;
@@ -348,68 +351,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(manifest)
     }
 
-    async fn attach(&self, name: &str, resume: Option<u64>, from: ConnectionId) -> Result<Reply> {
-        let volume = self.by_name(name)?;
-        match resume {
-            Some(generation) => self.resume(&volume, generation, from).await?,
-            None => self.attach_fresh(&volume, from).await?,
-        }
-        Ok(Reply::Attached(attach_info(&volume)))
-    }
-
-    /// The same writer on a new connection. What it sent over the old one ends before the answer or is refused: it may
-    /// send it again and must not be overtaken by its own past.
-    async fn resume(&self, volume: &Volume<P>, generation: u64, from: ConnectionId) -> Result<()> {
-        let (name, current) = (&*volume.spec.name, volume.generation.get());
-        if generation != current {
-            self.0.counters.stale_generations.add(1);
-            let message =
-                format!("volume {name:?}: generation {generation} is fenced by {current}: another host attached");
-            return Err(Error::new(Status::StaleGeneration, message));
-        }
-        volume.attached.set(Some(from));
-        volume.writes_done.until(|| volume.writing.get() == 0).await;
-        self.still_attached(volume, generation, from)
-    }
-
-    /// A new generation (P7): older ones are refused at once, their writes in flight end, the generation becomes
-    /// durable, then the attach is answered.
-    async fn attach_fresh(&self, volume: &Rc<Volume<P>>, from: ConnectionId) -> Result<()> {
-        let generation = volume.generation.get() + 1;
-        volume.generation.set(generation);
-        volume.attached.set(Some(from));
-        if !mutation::on(Mutation::AttachOvertakesWrites) {
-            volume.writes_done.until(|| volume.writing.get() == 0).await;
-        }
-        if !mutation::on(Mutation::GenerationNotJournaled) {
-            self.0.journal.admit().await?;
-            let lsn = self.0.journal.append(&Record::Generation { volume: volume.spec.id, generation });
-            self.0.journal.commit(lsn).await?;
-        }
-        self.begin_recording(volume);
-        self.still_attached(volume, generation, from)
-    }
-
-    fn still_attached(&self, volume: &Volume<P>, generation: u64, from: ConnectionId) -> Result<()> {
-        if volume.generation.get() != generation || volume.attached.get() != Some(from) {
-            let message = format!("volume {:?}: another host attached meanwhile", &*volume.spec.name);
-            return Err(Error::new(Status::StaleGeneration, message));
-        }
-        Ok(())
-    }
-
-    fn detach(&self, claim: Claim) -> Result<Reply> {
-        self.writer(claim)?.attached.set(None);
-        Ok(Reply::Done)
-    }
-
-    fn drop_attachment(&self, id: VolumeId, from: ConnectionId) {
-        let Ok(volume) = self.volume(id) else { return };
-        if volume.attached.get() == Some(from) {
-            volume.attached.set(None);
-        }
-    }
-
     async fn residency_wait(&self, id: VolumeId, seen: u64) -> Result<Reply> {
         let volume = self.volume(id)?;
         let changed = || volume.map.borrow().version() != seen || volume.deleted.get() || self.0.stopping.get();
@@ -496,15 +437,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         let stopped = |_| Err(Error::new(Status::ShuttingDown, format!("shard {owner} has stopped")));
         answer.recv_async().await.unwrap_or_else(stopped)
-    }
-}
-
-fn attach_info<P: Platform>(volume: &Volume<P>) -> AttachInfo {
-    AttachInfo {
-        volume: volume.spec.id,
-        generation: volume.generation.get(),
-        size_bytes: volume.spec.size_bytes,
-        chunk_bytes: volume.spec.chunk_bytes,
     }
 }
 

@@ -10,6 +10,7 @@ pub mod storm;
 pub mod trace;
 pub mod workload;
 
+use std::sync::Barrier;
 use std::time::Duration;
 
 use volley_client::{Client, Options};
@@ -38,6 +39,44 @@ impl Target {
         let client = Client::connect(&self.server, options).await;
         client.map_err(|error| format!("can't reach the node at {}: {error}", self.server))
     }
+}
+
+/// # Errors
+/// A sentence when there are not 1 to `connections` threads: each works on connections of its own.
+fn check_threads(threads: u32, connections: u32) -> Result<(), String> {
+    match (1..=connections).contains(&threads) {
+        true => Ok(()),
+        false => Err(format!("--threads {threads} must be 1 to the number of connections, {connections}")),
+    }
+}
+
+/// Runs a load on threads with a runtime each: what every one prepares, and, once all are ready, makes of it.
+///
+/// # Errors
+/// The first thread's that could not prepare; then none runs to an end that counts.
+fn on_threads<T, R: Send>(
+    threads: u32,
+    prepare: impl AsyncFn(u32) -> Result<T, String> + Sync,
+    run: impl AsyncFn(T) -> R + Sync,
+) -> Result<Vec<R>, String> {
+    let ready = Barrier::new(threads as usize);
+    let on_thread = |thread| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let prepared = runtime.map_err(|error| format!("can't start a runtime: {error}")).and_then(|runtime| {
+            let prepared = runtime.block_on(prepare(thread))?;
+            Ok((runtime, prepared))
+        });
+        // Also a thread that failed arrives here, or the others would wait for ever.
+        ready.wait();
+        let (runtime, prepared) = prepared?;
+        Ok(runtime.block_on(run(prepared)))
+    };
+    std::thread::scope(|scope| {
+        let on_thread = &on_thread;
+        let running: Vec<_> = (0..threads).map(|thread| scope.spawn(move || on_thread(thread))).collect();
+        let panicked = |_| Err("a load thread panicked".to_owned());
+        running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+    })
 }
 
 /// A block of bytes that is never all zeroes and differs by place and by `tag`, so that neither zero elision nor a

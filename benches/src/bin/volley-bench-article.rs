@@ -13,10 +13,10 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use volley_benches::figure::{Figure, Pair, conclude};
+use volley_benches::figure::{Figure, Pair, conclude, ms};
 use volley_benches::fio;
 use volley_benches::process::{Result, Server, machine, run, timed};
-use volley_benches::site::{Site, StoreArgs};
+use volley_benches::site::{Site, SiteArgs};
 use volley_benches::{BOOT_TRACE, IMAGE_BYTES, boot_image};
 use volley_tools::load::Target;
 use volley_tools::load::histogram::Histogram;
@@ -48,13 +48,10 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     speed: u32,
     #[command(flatten)]
-    store: StoreArgs,
+    site: SiteArgs,
     /// Runs of the hydration of one volume.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
-    /// Work there: a folder on a disk with direct I/O. Removed afterwards.
-    #[arg(long, default_value = ".cache/bench", value_name = "DIR")]
-    dir: PathBuf,
 }
 
 fn main() -> ExitCode {
@@ -72,18 +69,18 @@ struct Wave {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    let site = Site::new(&args.dir)?;
+    let site = Site::new(&args.site)?;
     let reads: Vec<Event> =
         trace::load(Path::new(BOOT_TRACE), IMAGE_BYTES)?.into_iter().filter(|event| event.op == Op::Read).collect();
     println!("{}", machine());
     println!(
         "{} volumes, {} arrive in a second, boot {} times faster; object store: {} ms, {} MiB/s a connection",
-        args.volumes, args.arrivals, args.speed, args.store.first_byte_ms, args.store.connection_mib
+        args.volumes, args.arrivals, args.speed, args.site.first_byte_ms, args.site.connection_mib
     );
     let image = site.dir().join("image.raw");
     boot_image(&image, &reads)?;
     site.import(&image, "debian")?;
-    site.answer(Some(args.store));
+    site.answer(Some(&args.site));
     let bench = Bench { args, site: &site, reads };
     eprintln!("article: each volume for itself");
     let alone =
@@ -171,9 +168,7 @@ impl Bench<'_> {
         if let Some(error) = report.first_error() {
             return Err(error.to_owned());
         }
-        let first_touch = report.series.into_iter().find(|(name, _)| *name == "first-touch");
-        let first_touch = first_touch.ok_or("the storm touched nothing")?.1.latency;
-        Ok(Wave { seconds, gets, bytes, first_touch })
+        Ok(Wave { seconds, gets, bytes, first_touch: report.of("first-touch").latency })
     }
 
     fn boot_all(&self, address: &str, prefix: &str) -> Result<Report> {
@@ -197,7 +192,6 @@ impl Bench<'_> {
 
 fn figures(alone: &Wave, cold: &Wave, warm: &Wave, known: &Wave) -> Vec<Figure> {
     let mut figures = Vec::new();
-    let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
     for (name, wave) in [("alone", alone), ("cold", cold), ("warm", warm), ("cold_bootset", known)] {
         let mut figure = |what: &str, unit: &'static str, value: f64| {
             figures.push(Figure::alone(&format!("article_{name}_{what}"), unit, &[value]));

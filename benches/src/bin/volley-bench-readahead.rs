@@ -12,7 +12,7 @@ use clap::Parser;
 use tokio::time::Instant;
 use volley_benches::figure::{Figure, Pair, conclude};
 use volley_benches::process::{Result, machine, run};
-use volley_benches::site::{Site, StoreArgs};
+use volley_benches::site::{Site, SiteArgs};
 use volley_server::config::TransferConfig;
 
 /// Largest windows that are compared, in MiB; 0: no read-ahead, the peer of the others.
@@ -34,10 +34,7 @@ struct Args {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
     #[command(flatten)]
-    store: StoreArgs,
-    /// Work there: a folder on a disk with direct I/O. Removed afterwards.
-    #[arg(long, default_value = ".cache/bench", value_name = "DIR")]
-    dir: PathBuf,
+    site: SiteArgs,
 }
 
 fn main() -> ExitCode {
@@ -54,16 +51,16 @@ struct Pass {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    let site = Site::new(&args.dir)?;
+    let site = Site::new(&args.site)?;
     println!("{}", machine());
     println!(
         "a volume of {} MiB read in order, {} KiB at a time; object store: {} ms, {} MiB/s a connection",
-        args.volume_mib, args.read_kib, args.store.first_byte_ms, args.store.connection_mib
+        args.volume_mib, args.read_kib, args.site.first_byte_ms, args.site.connection_mib
     );
     let image = site.dir().join("image.raw");
     volley_benches::full_image(&image, args.volume_mib, 1)?;
     site.import(&image, "image")?;
-    site.answer(Some(args.store));
+    site.answer(Some(&args.site));
     let bench = Bench { args, site: &site };
     let mut passes = vec![Vec::new(); WINDOWS_MIB.len()];
     for number in 0..args.runs {

@@ -11,14 +11,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use volley_benches::figure::{Figure, conclude};
+use volley_benches::figure::{Figure, conclude, ms};
 use volley_benches::process::{Result, Server, machine, run};
-use volley_benches::site::{Site, StoreArgs};
+use volley_benches::site::{Site, SiteArgs};
 use volley_benches::{BOOT_TRACE, IMAGE_BYTES, boot_image};
 use volley_client::FetchUntil;
 use volley_tools::load::Target;
 use volley_tools::load::replay::Speed;
-use volley_tools::load::report::{Report, Series};
+use volley_tools::load::report::Report;
 use volley_tools::load::storm::{self, Arrivals, Ask, Progress};
 use volley_tools::load::trace::{self, Event, Op};
 
@@ -44,10 +44,7 @@ struct Args {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     threads: u32,
     #[command(flatten)]
-    store: StoreArgs,
-    /// Work there: a folder on a disk with direct I/O. Removed afterwards.
-    #[arg(long, default_value = ".cache/bench", value_name = "DIR")]
-    dir: PathBuf,
+    site: SiteArgs,
 }
 
 fn main() -> ExitCode {
@@ -56,20 +53,20 @@ fn main() -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    let site = Site::new(&args.dir)?;
+    let site = Site::new(&args.site)?;
     let events = trace::load(Path::new(BOOT_TRACE), IMAGE_BYTES)?;
     let events: Vec<Event> = events.into_iter().filter(|event| event.op == Op::Read).collect();
     println!("{}", machine());
     println!(
         "{} requests for each volume; object store: {} ms, {} MiB/s a connection",
         events.len(),
-        args.store.first_byte_ms,
-        args.store.connection_mib
+        args.site.first_byte_ms,
+        args.site.connection_mib
     );
     let image = site.dir().join("image.raw");
     boot_image(&image, &events)?;
     site.import(&image, "debian")?;
-    site.answer(Some(args.store));
+    site.answer(Some(&args.site));
     let bench = Bench { args, site: &site, events };
     let mut figures = Vec::new();
     let store = site.dir().join("node/store");
@@ -102,14 +99,14 @@ impl Bench<'_> {
         let report = self.boot(server, volumes, Ask::Fetch(FetchUntil::Readable))?;
         let whole = begun.elapsed();
         let (_, bytes) = self.site.origin().take_counts();
-        let fetches = series(&report, "first-touch").latency.count() + series(&report, "later").latency.count();
+        let fetches = report.of("first-touch").latency.count() + report.of("later").latency.count();
         let mut figure = |name: &str, unit: &'static str, value: f64| {
             figures.push(Figure::alone(&format!("storm_{name}"), unit, &[value]));
         };
         figure("created_seconds", "s", created.as_secs_f64());
         figure("seconds", "s", whole.as_secs_f64());
         figure("fetches_per_second", "1/s", fetches as f64 / report.elapsed.as_secs_f64());
-        figure("first_touch_p99_ms", "ms", ms(series(&report, "first-touch").latency.quantile(0.99)));
+        figure("first_touch_p99_ms", "ms", ms(report.of("first-touch").latency.quantile(0.99)));
         figure("copies_from_object_store", "x", bytes as f64 / self.stored_bytes()?);
         Ok(())
     }
@@ -122,7 +119,7 @@ impl Bench<'_> {
         let mut figure = |name: &str, unit: &'static str, value: f64| {
             figures.push(Figure::alone(&format!("replay{volumes}_{name}"), unit, &[value]));
         };
-        let (first, later) = (series(&report, "first-touch"), series(&report, "later"));
+        let (first, later) = (report.of("first-touch"), report.of("later"));
         figure("seconds", "s", report.elapsed.as_secs_f64());
         figure("mb_per_second", "MB/s", (first.bytes + later.bytes) as f64 / report.elapsed.as_secs_f64() / 1e6);
         figure("first_touch_p99_ms", "ms", ms(first.latency.quantile(0.99)));
@@ -162,13 +159,4 @@ impl Bench<'_> {
         let shown: serde_json::Value = serde_json::from_str(&shown).map_err(|e| format!("image show: {e}"))?;
         shown["stored_bytes"].as_f64().ok_or_else(|| "image show prints no stored_bytes".to_owned())
     }
-}
-
-fn series<'a>(report: &'a Report, name: &str) -> &'a Series {
-    let found = report.series.iter().find(|(series, _)| *series == name);
-    &found.expect("a storm has these series").1
-}
-
-fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
 }

@@ -25,7 +25,7 @@ use crate::mutation::{self, Mutation};
 use crate::platform::{AlignedBytes, File, Platform, Queue, Time};
 use crate::shard::signal::Signal;
 use crate::shard::stats::Counters;
-use crate::snapshot::{ChunkDecoder, ChunkEntry, CorruptChunk, Encoding, Step};
+use crate::snapshot::{ChunkDecoder, ChunkEntry, CorruptChunk, Encoding};
 use crate::transfer::{ChunkSource, Digest};
 use files::Files;
 
@@ -196,13 +196,7 @@ impl<P: Platform> DiskTier<P> {
         };
         let (stored_len, encoding) = (record.stored_len, record.encoding);
         let entry = ChunkEntry::Stored { pack: 0, offset: 0, stored_len, encoding, digest };
-        let mut decoder = ChunkDecoder::new(&entry, stored, source.chunk_len);
-        loop {
-            if let Step::Done(data) = decoder.step()? {
-                return Ok(data);
-            }
-            self.0.platform.yield_now().await;
-        }
+        ChunkDecoder::new(&entry, stored, source.chunk_len).run(&self.0.platform).await
     }
 
     /// `None` as file: its own.

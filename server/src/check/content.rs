@@ -14,7 +14,7 @@ use crate::object_store::ObjectError;
 use crate::object_store::any::StoreChoice;
 use crate::parallel::{self, Parallel};
 use crate::platform::blocking::{self, ToolStore};
-use crate::snapshot::{ChunkEntry, Manifest, catalog, is_zero};
+use crate::snapshot::{Manifest, catalog, is_zero};
 use crate::types::{SnapshotRef, VolumeSpec};
 
 /// The snapshots of an object store, each read once.
@@ -97,10 +97,7 @@ fn compare_chunk(
 ) -> io::Result<Option<Chunk>> {
     let start = u64::from(chunk) * u64::from(spec.chunk_bytes);
     let end = spec.size_bytes.min(start + u64::from(spec.chunk_bytes));
-    let digest = match (chunk < manifest.chunk_count()).then(|| manifest.chunk(chunk)) {
-        Some(ChunkEntry::Stored { digest, .. }) => Some(digest),
-        Some(ChunkEntry::Zero) | None => None,
-    };
+    let digest = manifest.digest(chunk);
     // A stored chunk is not all zeroes, so it has data somewhere.
     match (digest, has_data(file, start, end)?) {
         (Some(_), false) => return Ok(Some(Chunk::Hole)),

@@ -18,7 +18,7 @@ use crate::bootset::{BOOT_SET_PREFIX, BootSet, CHUNKS_MAX, Learned, boot_set_key
 use crate::error::Result;
 use crate::metrics::Metric;
 use crate::shard::api::Command;
-use crate::snapshot::{ChunkEntry, Manifest};
+use crate::snapshot::Manifest;
 use crate::types::SnapshotRef;
 
 use super::Control;
@@ -80,12 +80,7 @@ pub(super) async fn record(
         let count = manifest.chunk_count();
         return Err(Problem::invalid(format!("chunks: the image has {count} chunks, there is no {beyond}")));
     }
-    let mut touched = Vec::new();
-    for chunk in request.chunks {
-        if let ChunkEntry::Stored { digest, .. } = manifest.chunk(chunk) {
-            touched.push(digest);
-        }
-    }
+    let touched: Vec<_> = request.chunks.iter().filter_map(|chunk| manifest.digest(*chunk)).collect();
     let mut set = BootSet::default();
     set.learn(&touched);
     let mut sets = control.0.boot_sets.lock().await;
@@ -111,7 +106,7 @@ pub(super) async fn drop_set(State(control): State<Control>, Segment(name): Segm
 fn shown(set: &BootSet, manifest: &Manifest) -> Shown {
     let chunks = set.chunks_of(manifest);
     let bytes = chunks.iter().map(|chunk| u64::from(manifest.chunk_len(*chunk))).sum();
-    let data = |chunk: &u32| manifest.chunk(*chunk) != ChunkEntry::Zero;
+    let data = |chunk: &u32| manifest.digest(*chunk).is_some();
     let all: u64 = (0..manifest.chunk_count()).filter(data).map(|chunk| u64::from(manifest.chunk_len(chunk))).sum();
     let share = if all == 0 { 0.0 } else { bytes as f64 / all as f64 };
     Shown { image: manifest.name.clone(), boots: set.boots(), chunks: chunks.len(), bytes, share }

@@ -10,6 +10,7 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
 use crate::shard::datapath::Answer;
+use crate::shard::fill_turns::FillTurn;
 use crate::shard::hydrate::{RUN_FILLS_MAX, stretch_of};
 use crate::shard::volume::{Volume, is_zero};
 use crate::transfer::{ChunkSource, FetchClass};
@@ -77,7 +78,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 self.0.counters.readahead_chunks.add(1);
                 let bytes = fetched.data.len() as u64;
                 if self.may_fill(volume, chunk, bytes)
-                    && let Err(error) = self.fill_data(volume, chunk, &fetched.data).await
+                    && let Err(error) = self.fill_data(volume, chunk, &fetched.data, FillTurn::Waits).await
                 {
                     self.owe(volume, chunk, &error);
                 }

@@ -16,8 +16,7 @@ use crate::shard::Shard;
 use crate::shard::api::RecordedBoot;
 use crate::shard::datapath::Answer;
 use crate::shard::volume::Volume;
-use crate::snapshot::{ChunkEntry, Manifest};
-use crate::transfer::ledger::Origin;
+use crate::snapshot::Manifest;
 use crate::transfer::{ChunkSource, FetchClass};
 use crate::types::{SnapshotRef, VolumeId};
 
@@ -119,11 +118,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     fn keep_boot(&self, snapshot: SnapshotRef, recording: &Recording) {
         let Some(manifest) = &recording.manifest else { return };
-        let stored = |chunk: &u32| match (*chunk < manifest.chunk_count()).then(|| manifest.chunk(*chunk)) {
-            Some(ChunkEntry::Stored { digest, .. }) => Some(digest),
-            Some(ChunkEntry::Zero) | None => None,
-        };
-        let touched: Vec<_> = recording.order.iter().filter_map(stored).collect();
+        let touched: Vec<_> = recording.order.iter().filter_map(|chunk| manifest.digest(*chunk)).collect();
         if touched.is_empty() {
             return;
         }
@@ -147,11 +142,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Ok(());
         }
         let manifest = self.load_manifest(snapshot).await?;
-        let origin = Arc::new(Origin::image(&snapshot.name));
-        let inside = chunks.iter().filter(|chunk| **chunk < manifest.chunk_count());
-        let sources = inside.filter_map(|chunk| ChunkSource::of(&manifest, *chunk, &origin));
-        let owned = sources.filter(|source| source.owner(self.0.config.shards) == self.0.config.shard);
-        let absent: Vec<ChunkSource> = owned.filter(|source| !self.0.transfer.is_cached(&source.digest).0).collect();
+        let mut absent = self.owned(&manifest, chunks.iter().copied().filter(|chunk| *chunk < manifest.chunk_count()));
+        absent.retain(|source| !self.0.transfer.is_cached(&source.digest).0);
         let shard = self.clone();
         self.0.platform.spawn(Queue::Serve, async move { shard.prefetch(absent).await });
         Ok(())

@@ -15,7 +15,7 @@ use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
 use crate::shard::api::{CacheStatus, Dropped, WarmStatus};
 use crate::shard::signal::within;
-use crate::snapshot::{ChunkEntry, Encoding, Manifest};
+use crate::snapshot::{Encoding, Manifest};
 use crate::transfer::ledger::Origin;
 use crate::transfer::{ChunkSource, Digest, FetchClass};
 use crate::types::SnapshotRef;
@@ -96,7 +96,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) async fn warm_cache(&self, snapshot: &SnapshotRef, pin: bool) -> Result<()> {
         self.refuse_when_stopping()?;
         let manifest = self.load_manifest(snapshot).await?;
-        let sources = self.owned_chunks(&manifest);
+        let sources = self.owned(&manifest, 0..manifest.chunk_count());
         self.unpin_image(&snapshot.name);
         let progress = Rc::new(Progress::default());
         let chunks = u32::try_from(sources.len()).unwrap_or(u32::MAX);
@@ -123,11 +123,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(())
     }
 
-    /// The chunks of an image that this shard owns, each once, in sector order.
-    fn owned_chunks(&self, manifest: &Manifest) -> Vec<ChunkSource> {
+    /// Of these chunks of an image those with data that this shard owns, each once, in their order.
+    pub(super) fn owned(&self, manifest: &Manifest, chunks: impl Iterator<Item = u32>) -> Vec<ChunkSource> {
         let mut seen = hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(49, 50, 51, 52));
         let origin = Arc::new(Origin::image(&manifest.name));
-        let all = (0..manifest.chunk_count()).filter_map(|chunk| ChunkSource::of(manifest, chunk, &origin));
+        let all = chunks.filter_map(|chunk| ChunkSource::of(manifest, chunk, &origin));
         let owned = all.filter(|source| source.owner(self.0.config.shards) == self.0.config.shard);
         owned.filter(|source| seen.insert(source.digest)).collect()
     }
@@ -212,7 +212,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let mut dropped = Dropped::default();
         // Not only what it owns: its files may hold what an earlier life owned.
         for chunk in 0..manifest.chunk_count() {
-            let ChunkEntry::Stored { digest, .. } = manifest.chunk(chunk) else { continue };
+            let Some(digest) = manifest.digest(chunk) else { continue };
             let (ram, disk) = self.0.transfer.drop_cached(&digest);
             dropped.chunks_ram += u64::from(ram);
             dropped.chunks_disk += u64::from(disk);

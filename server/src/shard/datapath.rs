@@ -1,4 +1,4 @@
-//! The data path of guest requests: reads, writes, discards, flushes and priority fetches of volumes of this shard.
+//! The data path of guest requests: reads, writes, discards and flushes of volumes of this shard.
 //!
 //! Reads take no lock: what is resident comes from the file, what is not from a verified chunk in memory, and the
 //! guest is answered before the chunk is written into the volume. Writes never wait for the object store, except for
@@ -9,14 +9,12 @@ use std::rc::Rc;
 
 use futures::future::join_all;
 
-use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
-use crate::platform::{Platform, Queue, Time};
+use crate::platform::{Platform, Time};
 use crate::shard::Shard;
-use crate::shard::api::{ConnectionId, FetchUntil, Reply};
-use crate::shard::fill_turns::FillTurn;
+use crate::shard::api::{ConnectionId, Reply};
 use crate::shard::locks::Mode;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::residency::SectorRange;
@@ -27,12 +25,8 @@ use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR_BYTES, VolumeId};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
-/// Chunks one priority fetch works on at a time: bounds the memory of a request over a whole device.
-const PREFETCH_WINDOW_CHUNKS: usize = 32;
 /// Bytes one discard or write-zeroes punches at a time, so that the chunks' locks are held briefly.
 const ZERO_STEP_BYTES: u64 = 32 << 20;
-/// Fills behind read misses that may hold their chunk in memory at once, per shard; beyond it they are owed.
-pub(super) const MISS_FILLS_MAX: usize = 64;
 
 /// A chunk on its way from the shard that owns it. Dropping it cancels nothing.
 pub(super) struct Answer(flume::Receiver<Result<Fetched>>);
@@ -46,13 +40,13 @@ impl Answer {
 
 /// Content of a chunk in the snapshot.
 #[derive(Clone)]
-enum Content {
+pub(super) enum Content {
     Zero,
     Data(Fetched),
 }
 
 impl Content {
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Content::Zero => &[],
             Content::Data(fetched) => &fetched.data,
@@ -78,12 +72,12 @@ pub(super) struct Claim {
 /// A byte range inside the device.
 #[derive(Clone, Copy)]
 pub(super) struct ByteRange {
-    offset: u64,
-    len: u64,
+    pub(super) offset: u64,
+    pub(super) len: u64,
 }
 
 impl ByteRange {
-    fn check<P: Platform>(volume: &Volume<P>, offset: u64, len: u64) -> Result<ByteRange> {
+    pub(super) fn check<P: Platform>(volume: &Volume<P>, offset: u64, len: u64) -> Result<ByteRange> {
         let block = u64::from(LOGICAL_BLOCK_BYTES);
         let name = &*volume.spec.name;
         if !offset.is_multiple_of(block) || !len.is_multiple_of(block) || len == 0 {
@@ -98,15 +92,15 @@ impl ByteRange {
         Ok(ByteRange { offset, len })
     }
 
-    fn end(self) -> u64 {
+    pub(super) fn end(self) -> u64 {
         self.offset + self.len
     }
 
-    fn sectors(self) -> SectorRange {
+    pub(super) fn sectors(self) -> SectorRange {
         SectorRange::covering(self.offset, self.len)
     }
 
-    fn chunks<P: Platform>(self, volume: &Volume<P>) -> RangeInclusive<u32> {
+    pub(super) fn chunks<P: Platform>(self, volume: &Volume<P>) -> RangeInclusive<u32> {
         let map = volume.map.borrow();
         let sectors = self.sectors();
         map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1)
@@ -221,7 +215,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     /// The snapshot's content of every chunk of the range that is not wholly resident.
-    async fn contents(
+    pub(super) async fn contents(
         &self,
         volume: &Rc<Volume<P>>,
         range: ByteRange,
@@ -295,78 +289,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             }
         }
         answers
-    }
-
-    /// Fills the volume behind an answered read: at once while the store's hydration share lasts, else the hydrator
-    /// owes it and later misses are answered from the cache again.
-    fn fill_behind(&self, volume: &Rc<Volume<P>>, chunk: u32, content: Content) {
-        let bytes = content.bytes().len() as u64;
-        if !self.may_fill(volume, chunk, bytes) {
-            return;
-        }
-        self.0.miss_fills.set(self.0.miss_fills.get() + 1);
-        let (shard, volume) = (self.clone(), volume.clone());
-        self.0.platform.spawn(Queue::Background, async move {
-            let _turn = shard.fill_turn(&volume, bytes).await;
-            if let Err(error) = shard.fill(&volume, chunk, &content).await {
-                shard.owe(&volume, chunk, &error);
-            }
-            shard.0.miss_fills.set(shard.0.miss_fills.get() - 1);
-        });
-    }
-
-    /// Waits until a fill of so many bytes may write to the volume's store.
-    pub(super) async fn fill_turn<'a>(&'a self, volume: &Volume<P>, bytes: u64) -> FillTurn<'a> {
-        self.0.stores[volume.store].fills.turn(bytes, || self.0.platform.now()).await
-    }
-
-    /// A guest's read or write of a volume's file begins or ends.
-    fn note_guest_io(&self, volume: &Volume<P>) {
-        self.0.stores[volume.store].fills.note_guest(self.0.platform.now());
-    }
-
-    /// Whether an absent chunk may be filled at once; if so the store's share is charged, if not it is owed.
-    pub(super) fn may_fill(&self, volume: &Volume<P>, chunk: u32, bytes: u64) -> bool {
-        if volume.map.borrow().is_chunk_resident(chunk) {
-            return false;
-        }
-        let store = &self.0.stores[volume.store];
-        let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
-        if over || store.budget.borrow_mut().take(bytes, self.0.platform.now()).is_err() {
-            self.0.counters.fills_deferred.add(1);
-            volume.hydration.borrow_mut().owed.insert(chunk);
-            self.wake_hydrator(volume);
-            return false;
-        }
-        true
-    }
-
-    /// A fill failed: the hydrator tries again.
-    pub(super) fn owe(&self, volume: &Volume<P>, chunk: u32, error: &Error) {
-        self.0.counters.event(self.0.platform.wall_clock_ms(), &error.message);
-        volume.hydration.borrow_mut().owed.insert(chunk);
-        self.wake_hydrator(volume);
-    }
-
-    async fn fill(&self, volume: &Rc<Volume<P>>, chunk: u32, content: &Content) -> Result<()> {
-        match content {
-            Content::Zero => volume.fill_zero(chunk..=chunk).await,
-            Content::Data(fetched) => self.fill_data(volume, chunk, &fetched.data).await,
-        }
-    }
-
-    pub(super) async fn fill_data(&self, volume: &Rc<Volume<P>>, chunk: u32, data: &ChunkData) -> Result<()> {
-        if volume.deleted.get() {
-            return Ok(());
-        }
-        let written = volume.fill(chunk, data).await?;
-        if written > 0 {
-            self.0.counters.filled_chunks.add(1);
-            self.0.counters.filled_bytes.add(written);
-            volume.hydration.borrow_mut().meter.add(written, self.0.platform.now());
-            self.note_dirty(volume);
-        }
-        Ok(())
     }
 
     pub(super) async fn write(&self, claim: Claim, offset: u64, data: &[u8], fua: bool) -> Result<Reply> {
@@ -530,68 +452,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.counters.guest_flushes.add(1);
         volume.counters.flushes.add(1);
         volume.sync(&self.0.journal, &self.0.counters).await?;
-        Ok(Reply::Done)
-    }
-
-    /// The hot request: a range that is resident already is one look-up.
-    pub(super) fn priority_fetch_now(
-        &self,
-        id: VolumeId,
-        offset: u64,
-        len: u64,
-        until: FetchUntil,
-    ) -> Option<Result<Reply>> {
-        let volume = self.volume(id).ok()?;
-        let range = ByteRange::check(&volume, offset, len).ok()?;
-        let map = volume.map.borrow();
-        let there = match until {
-            FetchUntil::Durable => map.is_durable(range.sectors()),
-            FetchUntil::Readable | FetchUntil::Resident => map.is_resident(range.sectors()),
-        };
-        if !there {
-            return None;
-        }
-        self.0.counters.priority_fetches.add(1);
-        drop(map);
-        self.note_touched(&volume, range.chunks(&volume));
-        self.0.counters.priority_fetch_hits.add(1);
-        volume.counters.priority_fetches.add(1);
-        Some(Ok(Reply::Done))
-    }
-
-    pub(super) async fn priority_fetch(&self, id: VolumeId, offset: u64, len: u64, until: FetchUntil) -> Result<Reply> {
-        let volume = self.volume(id)?;
-        let range = ByteRange::check(&volume, offset, len)?;
-        self.0.counters.priority_fetches.add(1);
-        volume.counters.priority_fetches.add(1);
-        self.note_touched(&volume, range.chunks(&volume));
-        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
-        let window_bytes = chunk_bytes * PREFETCH_WINDOW_CHUNKS as u64;
-        let mut at = range.offset;
-        while at < range.end() {
-            let end = range.end().min((at / window_bytes + 1) * window_bytes);
-            let window = ByteRange { offset: at, len: end - at };
-            let contents = self.contents(&volume, window, FetchClass::Priority).await?;
-            for (chunk, content) in contents {
-                if until == FetchUntil::Readable {
-                    self.fill_behind(&volume, chunk, content);
-                } else {
-                    // Charged, not asked: priority work never waits for the background's share.
-                    let bytes = content.bytes().len() as u64;
-                    self.0.stores[volume.store].budget.borrow_mut().charge(bytes, self.0.platform.now());
-                    let _turn = self.0.stores[volume.store].fills.begin(bytes);
-                    self.fill(&volume, chunk, &content).await?;
-                }
-            }
-            at = end;
-        }
-        if mutation::on(Mutation::DurableFetchNotSynced) {
-            return Ok(Reply::Done);
-        }
-        if until == FetchUntil::Durable && !volume.map.borrow().is_durable(range.sectors()) {
-            volume.map.borrow_mut().record_zeroes(range.sectors());
-            volume.sync(&self.0.journal, &self.0.counters).await?;
-        }
         Ok(Reply::Done)
     }
 }

@@ -16,6 +16,15 @@ const BUSY_BYTES_MAX: u64 = 1 << 20;
 /// So long after a guest's last I/O its store counts as used.
 const GUEST_PAUSE: Duration = Duration::from_millis(10);
 
+/// When a fill may begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FillTurn {
+    /// When there is room.
+    Waits,
+    /// Now: a guest waits for it.
+    AtOnce,
+}
+
 #[derive(Default)]
 pub struct FillTurns {
     bytes: Cell<u64>,
@@ -29,31 +38,28 @@ impl FillTurns {
         self.guest_until.set(now.after(GUEST_PAUSE));
     }
 
-    /// Waits until `bytes` more may be written. A fill larger than what is allowed has its turn when it is alone.
-    pub async fn turn(&self, bytes: u64, now: impl Fn() -> Time) -> FillTurn<'_> {
-        self.ended
-            .until(|| {
-                let most = if now() < self.guest_until.get() { BUSY_BYTES_MAX } else { QUIET_BYTES_MAX };
-                self.bytes.get() == 0 || self.bytes.get() + bytes <= most
-            })
-            .await;
-        self.begin(bytes)
-    }
-
-    /// Begins what a guest waits for.
-    pub fn begin(&self, bytes: u64) -> FillTurn<'_> {
+    /// Until it is dropped a fill of `bytes` is in flight. A fill larger than what is allowed has its turn when it is alone.
+    pub async fn turn(&self, bytes: u64, turn: FillTurn, now: impl Fn() -> Time) -> InFlight<'_> {
+        if turn == FillTurn::Waits {
+            self.ended
+                .until(|| {
+                    let most = if now() < self.guest_until.get() { BUSY_BYTES_MAX } else { QUIET_BYTES_MAX };
+                    self.bytes.get() == 0 || self.bytes.get() + bytes <= most
+                })
+                .await;
+        }
         self.bytes.set(self.bytes.get() + bytes);
-        FillTurn { turns: self, bytes }
+        InFlight { turns: self, bytes }
     }
 }
 
 /// Bytes of a fill in flight.
-pub struct FillTurn<'a> {
+pub struct InFlight<'a> {
     turns: &'a FillTurns,
     bytes: u64,
 }
 
-impl Drop for FillTurn<'_> {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         self.turns.bytes.set(self.turns.bytes.get() - self.bytes);
         self.turns.ended.wake_all();
@@ -66,22 +72,26 @@ mod tests {
 
     use futures::FutureExt;
 
-    use super::{BUSY_BYTES_MAX, FillTurns, GUEST_PAUSE, QUIET_BYTES_MAX};
+    use super::{BUSY_BYTES_MAX, FillTurn, FillTurns, GUEST_PAUSE, InFlight, QUIET_BYTES_MAX};
     use crate::platform::Time;
 
     const CHUNK: u64 = 512 << 10;
 
+    fn at_once(turns: &FillTurns, bytes: u64) -> InFlight<'_> {
+        turns.turn(bytes, FillTurn::AtOnce, Time::default).now_or_never().expect("it waits for nothing")
+    }
+
     #[test]
     fn guests_leave_fills_less_and_get_it_at_once() {
         let (turns, clock) = (FillTurns::default(), Cell::new(Time(1)));
-        let ask = |bytes| turns.turn(bytes, || clock.get()).now_or_never();
+        let ask = |bytes| turns.turn(bytes, FillTurn::Waits, || clock.get()).now_or_never();
         let quiet: Vec<_> = std::iter::from_fn(|| ask(CHUNK)).collect();
         assert_eq!(quiet.len() as u64, QUIET_BYTES_MAX / CHUNK);
         drop(quiet);
         turns.note_guest(clock.get());
         let mut busy: Vec<_> = std::iter::from_fn(|| ask(CHUNK)).collect();
         assert_eq!(busy.len() as u64, BUSY_BYTES_MAX / CHUNK);
-        let urgent = turns.begin(CHUNK);
+        let urgent = at_once(&turns, CHUNK);
         drop(busy.pop());
         assert!(ask(CHUNK).is_none(), "what a guest waits for counts");
         drop(urgent);
@@ -94,13 +104,13 @@ mod tests {
     #[test]
     fn a_fill_that_waits_is_woken_and_a_large_one_goes_alone() {
         let (turns, now) = (FillTurns::default(), || Time(1));
-        let small = turns.begin(1);
-        let mut large = Box::pin(turns.turn(2 * QUIET_BYTES_MAX, now));
+        let small = at_once(&turns, 1);
+        let mut large = Box::pin(turns.turn(2 * QUIET_BYTES_MAX, FillTurn::Waits, now));
         assert!(large.as_mut().now_or_never().is_none());
         drop(small);
         let large = large.now_or_never().expect("alone");
-        assert!(turns.turn(1, now).now_or_never().is_none());
+        assert!(turns.turn(1, FillTurn::Waits, now).now_or_never().is_none());
         drop(large);
-        assert!(turns.turn(1, now).now_or_never().is_some());
+        assert!(turns.turn(1, FillTurn::Waits, now).now_or_never().is_some());
     }
 }

@@ -14,15 +14,15 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
 
-use crate::budget::TokenBucket;
+use crate::budget::{RateMeter, TokenBucket};
 use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
-use crate::shard::fill_turns::FillTurns;
+use crate::shard::fill_turns::{FillTurn, FillTurns};
 use crate::shard::residency::ResidencyMap;
 use crate::shard::signal::{Signal, within};
-use crate::shard::volume::{Hydration, Volume, is_zero};
+use crate::shard::volume::{Volume, is_zero};
 use crate::snapshot::{ChunkEntry, Manifest};
 use crate::transfer::{ChunkSource, FetchClass, STRETCH_BYTES};
 use crate::types::{HydrationRate, VolumeId};
@@ -41,6 +41,26 @@ pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// A volume whose store is full or whose object store is gone is tried again this often at least.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+
+/// Background hydration of one volume, as the hydrator sees it.
+pub struct Hydration {
+    pub rate: HydrationRate,
+    pub bucket: TokenBucket,
+    /// Where the sector order goes on.
+    pub cursor: u32,
+    /// Chunks being fetched or filled by the hydrator, or ahead of a reader, now.
+    pub running: hashbrown::HashSet<u32, ahash::RandomState>,
+    /// How far the boot set has been gone through.
+    pub boot_cursor: usize,
+    /// Chunks that guests missed while the store's share was spent: served before the sector order.
+    pub owed: std::collections::BTreeSet<u32>,
+    /// Not before this time, after an error.
+    pub not_before: Time,
+    pub failures: u32,
+    pub state: &'static str,
+    pub last_error: Option<String>,
+    pub meter: RateMeter,
+}
 
 /// A volume store as one shard sees it.
 pub struct Store {
@@ -208,9 +228,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk, &volume.account.origin)).collect();
         let copies = chunks.into_iter().zip(self.request(sources, class));
         let copies = copies.map(async |(chunk, answer)| {
-            let data = answer.chunk().await?.data;
-            let _turn = self.fill_turn(volume, data.len() as u64).await;
-            let copied = self.fill_data(volume, chunk, &data).await;
+            let copied = self.fill_data(volume, chunk, &answer.chunk().await?.data, FillTurn::Waits).await;
             self.0.platform.yield_now().await;
             copied
         });

@@ -5,7 +5,7 @@ use crate::cache::TierStatus;
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
-use crate::shard::datapath::MISS_FILLS_MAX;
+use crate::shard::fills::MISS_FILLS_MAX;
 use crate::shard::residency::SectorRange;
 use crate::shard::volume::Volume;
 use crate::types::VolumeId;

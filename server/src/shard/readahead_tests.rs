@@ -1,3 +1,5 @@
+//! Streams of reads and the windows ahead of them.
+
 use proptest::prelude::*;
 
 use super::{Ahead, NEAR_CHUNKS, ReadAhead};

@@ -13,10 +13,10 @@ use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
 use crate::mutation::{self, Mutation};
-use crate::platform::{File, OpenMode, Platform, Time};
+use crate::platform::{File, OpenMode, Platform};
 use crate::shard::api::ConnectionId;
 use crate::shard::boots::Recording;
-use crate::shard::hydrate::ZERO_RUN_CHUNKS_MAX;
+use crate::shard::hydrate::{Hydration, ZERO_RUN_CHUNKS_MAX};
 use crate::shard::locks::{ChunkLocks, Mode};
 use crate::shard::readahead::ReadAhead;
 use crate::shard::residency::{ResidencyMap, SectorRange};
@@ -48,26 +48,6 @@ pub struct VolumeCounters {
     pub flushes: Counter,
     pub read_misses: Counter,
     pub priority_fetches: Counter,
-}
-
-/// Background hydration of one volume, as the hydrator sees it.
-pub struct Hydration {
-    pub rate: HydrationRate,
-    pub bucket: TokenBucket,
-    /// Where the sector order goes on.
-    pub cursor: u32,
-    /// Chunks being fetched or filled by the hydrator, or ahead of a reader, now.
-    pub running: hashbrown::HashSet<u32, ahash::RandomState>,
-    /// How far the boot set has been gone through.
-    pub boot_cursor: usize,
-    /// Chunks that guests missed while the store's share was spent: served before the sector order.
-    pub owed: std::collections::BTreeSet<u32>,
-    /// Not before this time, after an error.
-    pub not_before: Time,
-    pub failures: u32,
-    pub state: &'static str,
-    pub last_error: Option<String>,
-    pub meter: RateMeter,
 }
 
 pub struct Volume<P: Platform> {
@@ -324,32 +304,28 @@ impl<P: Platform> Volume<P> {
 
     /// Writes whole sectors to the volume file. The caller holds the chunks' locks and marks the map afterwards.
     pub async fn write_sectors(&self, start_sector: u64, buf: P::WriteBuf) -> Result<()> {
-        self.check_poison()?;
-        let file = self.file().await?;
-        self.unsynced.set(true);
-        let written = file.write_at(start_sector * SECTOR, buf).await;
-        self.unsynced.set(true);
-        written.map_err(|e| self.io_error("write", &e))
+        self.change("write", async |file| file.write_at(start_sector * SECTOR, buf).await).await
     }
 
     /// [`Volume::write_sectors`] from a part of a chunk that others use too.
     async fn write_shared_sectors(&self, start_sector: u64, chunk: ChunkData, part: Range<usize>) -> Result<()> {
-        self.check_poison()?;
-        let file = self.file().await?;
-        self.unsynced.set(true);
-        let written = file.write_shared_at(start_sector * SECTOR, chunk, part).await;
-        self.unsynced.set(true);
-        written.map_err(|e| self.io_error("write", &e))
+        self.change("write", async |file| file.write_shared_at(start_sector * SECTOR, chunk, part).await).await
     }
 
     /// Makes sectors of the file read as zeroes. Locks and map as for writes.
     pub async fn zero_sectors(&self, range: SectorRange) -> Result<()> {
+        let len = (range.end - range.start) * SECTOR;
+        self.change("punch a hole into", async |file| file.deallocate(range.start * SECTOR, len).await).await
+    }
+
+    /// Changes the file: what a failed change has done must be synced too, and a sync that began meanwhile did not cover it.
+    async fn change(&self, what: &str, change: impl AsyncFnOnce(P::File) -> std::io::Result<()>) -> Result<()> {
         self.check_poison()?;
         let file = self.file().await?;
         self.unsynced.set(true);
-        let punched = file.deallocate(range.start * SECTOR, (range.end - range.start) * SECTOR).await;
+        let changed = change(file).await;
         self.unsynced.set(true);
-        punched.map_err(|e| self.io_error("punch a hole into", &e))
+        changed.map_err(|e| self.io_error(what, &e))
     }
 
     fn check_poison(&self) -> Result<()> {

@@ -7,7 +7,7 @@ use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 use super::ChunkEntry;
 use super::chunk::{CorruptChunk, Encoding, decode_chunk};
 use crate::mutation::{self, Mutation};
-use crate::platform::AlignedBytes;
+use crate::platform::{AlignedBytes, Platform};
 
 /// Larger chunks are decoded in slices.
 const WHOLE_BYTES_MAX: u32 = 1 << 20;
@@ -43,6 +43,19 @@ impl<'a> ChunkDecoder<'a> {
     #[must_use]
     pub fn new(entry: &'a ChunkEntry, stored: &'a [u8], chunk_len: u32) -> ChunkDecoder<'a> {
         ChunkDecoder { entry, stored, chunk_len, slices: None }
+    }
+
+    /// The verified chunk; others run between its slices.
+    ///
+    /// # Errors
+    /// As [`decode_chunk`].
+    pub async fn run(mut self, platform: &impl Platform) -> Result<AlignedBytes, CorruptChunk> {
+        loop {
+            if let Step::Done(data) = self.step()? {
+                return Ok(data);
+            }
+            platform.yield_now().await;
+        }
     }
 
     /// The next slice.

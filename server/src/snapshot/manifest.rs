@@ -210,6 +210,15 @@ impl Manifest {
         self.chunks[index as usize].entry()
     }
 
+    /// Digest of the chunk `index`; `None` for a zero chunk and past the last one.
+    #[must_use]
+    pub fn digest(&self, index: u32) -> Option<[u8; 32]> {
+        match self.chunks.get(index as usize)?.entry() {
+            ChunkEntry::Stored { digest, .. } => Some(digest),
+            ChunkEntry::Zero => None,
+        }
+    }
+
     /// Raw length of the chunk `index`: only the last one may be shorter than `chunk_bytes`. Panics past the last chunk.
     #[must_use]
     pub fn chunk_len(&self, index: u32) -> u32 {

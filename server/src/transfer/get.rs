@@ -8,9 +8,9 @@ use super::{ChunkSource, FetchClass, GetPlan, Transfer};
 use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::object_store::{ObjectBytes, ObjectError, ObjectStore};
-use crate::platform::{AlignedBytes, Platform, Queue, Time};
+use crate::platform::{Platform, Queue, Time};
 use crate::shard::signal::within;
-use crate::snapshot::{ChunkDecoder, CorruptChunk, Step};
+use crate::snapshot::ChunkDecoder;
 
 type Attempt = std::result::Result<ObjectBytes, ObjectError>;
 
@@ -119,7 +119,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         let mut again;
         let mut stored = stored;
         for attempt in 1.. {
-            match self.decode(source, stored).await {
+            match ChunkDecoder::new(&source.entry, stored, source.chunk_len).run(&self.0.platform).await {
                 Ok(data) => {
                     self.keep_on_disk(source, stored);
                     return Ok(Arc::new(data));
@@ -139,17 +139,6 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             stored = &again;
         }
         unreachable!("the loop ends by returning")
-    }
-
-    /// Large chunks in slices, between which others run.
-    async fn decode(&self, source: &ChunkSource, stored: &[u8]) -> std::result::Result<AlignedBytes, CorruptChunk> {
-        let mut decoder = ChunkDecoder::new(&source.entry, stored, source.chunk_len);
-        loop {
-            if let Step::Done(data) = decoder.step()? {
-                return Ok(data);
-            }
-            self.0.platform.yield_now().await;
-        }
     }
 }
 

@@ -1,3 +1,5 @@
+//! What is kept for waves, and when it is released.
+
 use std::time::Duration;
 
 use proptest::prelude::*;

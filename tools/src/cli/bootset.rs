@@ -73,7 +73,6 @@ fn chunks_of(image: &Value, path: &std::path::Path) -> Result<Vec<u64>, CliError
     let Geometry { size_bytes, chunk_bytes } = fields_of(image)?;
     let events = trace::load(path, size_bytes).map_err(|error| CliError::new("invalid", error))?;
     let reads = events.iter().filter(|event| event.op == Op::Read);
-    let chunks = reads.flat_map(|read| read.offset / chunk_bytes..(read.offset + read.len).div_ceil(chunk_bytes));
     let mut seen = HashSet::new();
-    Ok(chunks.filter(|chunk| seen.insert(*chunk)).collect())
+    Ok(reads.flat_map(|read| read.chunks(chunk_bytes)).filter(|chunk| seen.insert(*chunk)).collect())
 }

@@ -194,8 +194,7 @@ impl<'a> Replay<'a> {
 
     /// Notes the chunks of a request; whether one of them is new.
     fn touch(&mut self, event: &Event) -> bool {
-        let chunk = u64::from(self.volume.chunk_bytes().max(1));
-        let chunks = event.offset / chunk..=(event.offset + event.len - 1) / chunk;
+        let chunks = event.chunks(self.volume.chunk_bytes().max(1).into());
         chunks.fold(false, |new, index| self.touched_chunks.insert(index) | new)
     }
 
@@ -218,19 +217,13 @@ impl<'a> Replay<'a> {
     /// Compares what was read with the image and with our own writes. No write of these bytes is in flight.
     fn verify(&mut self, event: &Event, data: &[u8]) -> Result<(), String> {
         let Some(image) = self.plan.verify.filter(|_| event.op == Op::Read) else { return Ok(()) };
-        let mut want = read_image(image, event).map_err(|error| format!("reading the image failed: {error}"))?;
+        let mut want = read_image(image, event)?;
         for (block, piece) in blocks(event).zip(want.chunks_mut(BLOCK as usize)) {
             if let Some(tag) = self.written.get(&block) {
                 piece.copy_from_slice(&pattern(block * BLOCK, piece.len(), *tag));
             }
         }
-        if data == want {
-            return Ok(());
-        }
-        self.mismatches += 1;
-        let at = data.iter().zip(&want).position(|(got, want)| got != want).unwrap_or(data.len().min(want.len()));
-        let place = event.offset + at as u64;
-        Err(format!("wrong data at byte {place}: {} bytes were read at {}", event.len, event.offset))
+        compare(event, data, &want).inspect_err(|_| self.mismatches += 1)
     }
 
     fn report(self, elapsed: Duration) -> Report {
@@ -252,14 +245,26 @@ fn blocks(event: &Event) -> std::ops::Range<u64> {
     event.offset / BLOCK..(event.offset + event.len) / BLOCK
 }
 
+/// # Errors
+/// A sentence that names the first wrong byte.
+pub(super) fn compare(event: &Event, data: &[u8], want: &[u8]) -> Result<(), String> {
+    if data == want {
+        return Ok(());
+    }
+    let at = data.iter().zip(want).position(|(got, want)| got != want).unwrap_or(data.len().min(want.len()));
+    let place = event.offset + at as u64;
+    Err(format!("wrong data at byte {place}: {} bytes were read at {}", event.len, event.offset))
+}
+
 /// The image's bytes; past its end, where a larger volume goes on, zeroes.
-fn read_image(image: &File, event: &Event) -> std::io::Result<Vec<u8>> {
+pub(super) fn read_image(image: &File, event: &Event) -> Result<Vec<u8>, String> {
     let mut bytes = vec![0; event.len as usize];
     let mut filled = 0;
     while filled < bytes.len() {
-        match image.read_at(&mut bytes[filled..], event.offset + filled as u64)? {
-            0 => break,
-            n => filled += n,
+        match image.read_at(&mut bytes[filled..], event.offset + filled as u64) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) => return Err(format!("reading the image failed: {error}")),
         }
     }
     Ok(bytes)

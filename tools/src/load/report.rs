@@ -59,6 +59,13 @@ pub struct Report {
 }
 
 impl Report {
+    /// The requests of this kind; none were made if the workload has no such kind.
+    #[must_use]
+    pub fn of(&self, name: &str) -> Series {
+        let found = self.series.iter().find(|(series, _)| *series == name);
+        found.map(|(_, series)| series.clone()).unwrap_or_default()
+    }
+
     /// Requests that failed.
     #[must_use]
     pub fn errors(&self) -> u64 {

@@ -8,7 +8,6 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -18,10 +17,10 @@ use futures::stream::{self, FuturesUnordered};
 use tokio::time::{Instant, sleep_until};
 use volley_client::{Client, FetchUntil, Volume};
 
-use super::replay::{Speed, due};
+use super::replay::{Speed, compare, due, read_image};
 use super::report::{Report, Series};
 use super::trace::{Event, Op};
-use super::{Random, Target};
+use super::{Random, Target, check_threads, on_threads};
 use crate::units::parse_duration;
 
 /// When the volumes of a storm start.
@@ -119,19 +118,13 @@ pub struct Progress {
 /// A sentence when it can't start: node away, nothing to read.
 pub fn run(plan: &Plan, progress: &Progress) -> Result<Report, String> {
     let storm = Storm::new(plan, progress)?;
-    let ready = std::sync::Barrier::new(plan.threads as usize);
-    let tallies: Vec<Result<Tally, String>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..plan.threads).map(|thread| (thread, &storm, &ready)).collect();
-        let threads: Vec<_> = threads
-            .into_iter()
-            .map(|(thread, storm, ready)| scope.spawn(move || storm.thread(thread, ready)))
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a load thread panicked".to_owned()))).collect()
-    });
+    let tallies = on_threads(
+        plan.threads,
+        async |thread| storm.connect(thread).await,
+        async |clients| storm.boot_all(clients).await,
+    )?;
     let mut whole = Tally::default();
-    for tally in tallies {
-        whole.merge(tally?);
-    }
+    tallies.into_iter().for_each(|tally| whole.merge(tally));
     Ok(whole.report(plan, progress))
 }
 
@@ -204,24 +197,9 @@ impl<'a> Storm<'a> {
         if reads.is_empty() {
             return Err("the trace reads nothing".to_owned());
         }
-        if plan.threads == 0 || plan.threads > plan.connections {
-            let (threads, connections) = (plan.threads, plan.connections);
-            return Err(format!("--threads {threads} must be 1 to the number of connections, {connections}"));
-        }
+        check_threads(plan.threads, plan.connections)?;
         let starts = plan.arrivals.starts(plan.volumes.len(), plan.seed);
         Ok(Storm { plan, progress, reads, starts })
-    }
-
-    fn thread(&self, thread: u32, ready: &std::sync::Barrier) -> Result<Tally, String> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let connected = runtime.map_err(|error| format!("can't start a runtime: {error}")).and_then(|runtime| {
-            let clients = runtime.block_on(self.connect(thread))?;
-            Ok((runtime, clients))
-        });
-        // Also a thread that failed arrives here, or the others would wait for ever.
-        ready.wait();
-        let (runtime, clients) = connected?;
-        Ok(runtime.block_on(self.boot_all(clients)))
     }
 
     /// The connections of a thread, by number.
@@ -328,10 +306,11 @@ impl<'a> Storm<'a> {
             Ask::Read => match (volume.read(event.offset, event.len as usize).await, &self.plan.verify) {
                 (Err(error), _) => (Err(failed(error)), false),
                 (Ok(_), None) => (Ok(()), false),
-                (Ok(data), Some(image)) => match compare(image, event, &data) {
-                    Ok(()) => (Ok(()), false),
-                    Err(why) => (Err(format!("volume {}: {why}", volume.name())), true),
-                },
+                (Ok(data), Some(image)) => {
+                    let checked = read_image(image, event).and_then(|want| compare(event, &data, &want));
+                    let wrong = checked.is_err();
+                    (checked.map_err(|why| format!("volume {}: {why}", volume.name())), wrong)
+                }
             },
         }
     }
@@ -339,32 +318,12 @@ impl<'a> Storm<'a> {
 
 /// Which requests of a replay touch a chunk that none before them touched.
 fn first_touches(reads: &[Event], chunk_bytes: u32) -> HashSet<usize> {
-    let chunk = u64::from(chunk_bytes.max(1));
     let mut touched = HashSet::new();
     let new = |(index, event): (usize, &Event)| {
-        let chunks = event.offset / chunk..=(event.offset + event.len.max(1) - 1) / chunk;
+        let chunks = event.chunks(chunk_bytes.max(1).into());
         chunks.fold(false, |new, chunk| touched.insert(chunk) | new).then_some(index)
     };
     reads.iter().enumerate().filter_map(new).collect()
-}
-
-/// Compares bytes read with the image; past its end a volume reads as zeroes.
-fn compare(image: &File, event: &Event, data: &[u8]) -> Result<(), String> {
-    let mut want = vec![0; event.len as usize];
-    let mut filled = 0;
-    while filled < want.len() {
-        match image.read_at(&mut want[filled..], event.offset + filled as u64) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(error) => return Err(format!("reading the image failed: {error}")),
-        }
-    }
-    if data == want {
-        return Ok(());
-    }
-    let at = data.iter().zip(&want).position(|(got, want)| got != want).unwrap_or(data.len().min(want.len()));
-    let place = event.offset + at as u64;
-    Err(format!("wrong data at byte {place}: {} bytes were read at {}", event.len, event.offset))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Traces of what a guest asked of its disk: CSV with the head `us,op,offset,length`.
 
+use std::ops::Range;
 use std::path::Path;
 
 /// Largest trace file: a million requests, a boot has a few thousand.
@@ -28,6 +29,12 @@ pub struct Event {
 }
 
 impl Event {
+    /// Numbers of the chunks of this size that it touches; none for `Flush`.
+    #[must_use]
+    pub fn chunks(&self, chunk_bytes: u64) -> Range<u64> {
+        self.offset / chunk_bytes..(self.offset + self.len).div_ceil(chunk_bytes)
+    }
+
     /// Whether both touch a common byte and one of them writes it.
     #[must_use]
     pub fn conflicts(&self, other: &Event) -> bool {

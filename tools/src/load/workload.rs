@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use volley_client::{Client, FetchUntil, Volume};
 
 use super::report::{Report, Series};
-use super::{Random, Target, pattern};
+use super::{Random, Target, check_threads, on_threads, pattern};
 
 /// What each request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,19 +69,14 @@ pub struct Plan {
 pub fn run(plan: &Plan) -> Result<Report, String> {
     check(plan)?;
     let budget = Arc::new(AtomicU64::new(plan.count));
-    let ready = Arc::new(std::sync::Barrier::new(plan.threads as usize));
     let mut whole = Series::default();
     let mut elapsed = Duration::ZERO;
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let start = |thread| {
-            let (budget, ready) = (Arc::clone(&budget), Arc::clone(&ready));
-            scope.spawn(move || run_thread(plan, thread, budget, &ready))
-        };
-        let threads: Vec<_> = (0..plan.threads).map(start).collect();
-        threads.into_iter().map(|thread| thread.join().map_err(|_| "a load thread panicked".to_owned())).collect()
-    });
-    for result in results {
-        let (series, ran) = result??;
+    let results = on_threads(
+        plan.threads,
+        async |thread| prepare(plan, thread).await,
+        async |(workers, attached)| run_thread(plan, workers, attached, Arc::clone(&budget)).await,
+    )?;
+    for (series, ran) in results {
         whole.merge(series);
         elapsed = elapsed.max(ran);
     }
@@ -98,10 +93,7 @@ fn check(plan: &Plan) -> Result<(), String> {
     if plan.block_bytes == 0 || !plan.block_bytes.is_multiple_of(512) {
         return Err(format!("--block {} is not a multiple of 512", plan.block_bytes));
     }
-    if plan.threads == 0 || plan.threads > plan.connections {
-        return Err(format!("--threads {} must be 1 to the number of connections, {}", plan.threads, plan.connections));
-    }
-    Ok(())
+    check_threads(plan.threads, plan.connections)
 }
 
 /// One worker: always exactly one request in flight.
@@ -121,27 +113,20 @@ enum Place {
     Named(String),
 }
 
-type Outcome = Result<(Series, Duration), String>;
-
-fn run_thread(plan: &Plan, thread: u32, budget: Arc<AtomicU64>, ready: &std::sync::Barrier) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let prepared = runtime.map_err(|error| format!("can't start a runtime: {error}")).and_then(|runtime| {
-        let workers = runtime.block_on(prepare(plan, thread))?;
-        Ok((runtime, workers))
-    });
-    // Also a thread that failed arrives here, or the others would wait for ever.
-    ready.wait();
-    let (runtime, (workers, attached)) = prepared?;
-    runtime.block_on(async {
-        let begun = Instant::now();
-        let series = drive(workers, begun + plan.duration, budget).await;
-        let elapsed = begun.elapsed();
-        for volume in attached {
-            // What counts was measured; a volume that another host took meanwhile is its own affair.
-            let _ = volume.detach().await;
-        }
-        Ok((series, elapsed))
-    })
+async fn run_thread(
+    plan: &Plan,
+    workers: Vec<Worker>,
+    attached: Vec<Volume>,
+    budget: Arc<AtomicU64>,
+) -> (Series, Duration) {
+    let begun = Instant::now();
+    let series = drive(workers, begun + plan.duration, budget).await;
+    let elapsed = begun.elapsed();
+    for volume in attached {
+        // What counts was measured; a volume that another host took meanwhile is its own affair.
+        let _ = volume.detach().await;
+    }
+    (series, elapsed)
 }
 
 /// Connects, attaches, and makes the workers of a thread.

@@ -205,8 +205,10 @@ impl Inode {
     pub(super) fn complete_torn(&mut self, id: u64, rng: &mut SimRng) {
         let Some(index) = self.pending.iter().position(|p| p.id == id) else { return };
         let change = self.pending.remove(index).change;
-        let parts: Vec<Change> = torn_parts(change).filter(|part| rng.coin() | self.live.shows(part)).collect();
-        for part in parts {
+        for part in torn_parts(change) {
+            if !(rng.coin() | self.live.shows(&part)) {
+                continue;
+            }
             self.next_id += 1;
             self.completions += 1;
             self.live.apply(&part);
@@ -267,17 +269,13 @@ fn is_covered(pending: &Pending, point: u64) -> bool {
 }
 
 /// The parts of a change that happen or do not, each for itself.
-fn torn_parts(change: Change) -> impl Iterator<Item = Change> {
-    let (sectors, whole) = match change {
-        Change::Write { offset, data } => (Some((offset, data)), None),
-        whole => (None, Some(whole)),
-    };
-    let sectors = sectors.into_iter().flat_map(|(offset, data)| {
-        let part = move |(i, sector): (usize, &[u8])| Change::Write {
-            offset: offset + i as u64 * DISK_SECTOR,
-            data: sector.to_vec(),
-        };
-        data.chunks(DISK_SECTOR as usize).enumerate().map(part).collect::<Vec<_>>()
-    });
-    sectors.chain(whole)
+fn torn_parts(change: Change) -> Vec<Change> {
+    match change {
+        Change::Write { offset, data } => data
+            .chunks(DISK_SECTOR as usize)
+            .enumerate()
+            .map(|(i, sector)| Change::Write { offset: offset + i as u64 * DISK_SECTOR, data: sector.to_vec() })
+            .collect(),
+        whole => vec![whole],
+    }
 }

@@ -1,0 +1,78 @@
+//! Priority fetches: a guest or its host asks for data to come, without waiting for the background.
+
+use crate::error::Result;
+use crate::mutation::{self, Mutation};
+use crate::object_store::ObjectStore;
+use crate::platform::Platform;
+use crate::shard::Shard;
+use crate::shard::api::{FetchUntil, Reply};
+use crate::shard::datapath::ByteRange;
+use crate::shard::fill_turns::FillTurn;
+use crate::transfer::FetchClass;
+use crate::types::VolumeId;
+
+/// Chunks one priority fetch works on at a time: bounds the memory of a request over a whole device.
+const PREFETCH_WINDOW_CHUNKS: usize = 32;
+
+impl<P: Platform, O: ObjectStore> Shard<P, O> {
+    /// The hot request: a range that is resident already is one look-up.
+    pub(super) fn priority_fetch_now(
+        &self,
+        id: VolumeId,
+        offset: u64,
+        len: u64,
+        until: FetchUntil,
+    ) -> Option<Result<Reply>> {
+        let volume = self.volume(id).ok()?;
+        let range = ByteRange::check(&volume, offset, len).ok()?;
+        let map = volume.map.borrow();
+        let there = match until {
+            FetchUntil::Durable => map.is_durable(range.sectors()),
+            FetchUntil::Readable | FetchUntil::Resident => map.is_resident(range.sectors()),
+        };
+        if !there {
+            return None;
+        }
+        self.0.counters.priority_fetches.add(1);
+        drop(map);
+        self.note_touched(&volume, range.chunks(&volume));
+        self.0.counters.priority_fetch_hits.add(1);
+        volume.counters.priority_fetches.add(1);
+        Some(Ok(Reply::Done))
+    }
+
+    pub(super) async fn priority_fetch(&self, id: VolumeId, offset: u64, len: u64, until: FetchUntil) -> Result<Reply> {
+        let volume = self.volume(id)?;
+        let range = ByteRange::check(&volume, offset, len)?;
+        self.0.counters.priority_fetches.add(1);
+        volume.counters.priority_fetches.add(1);
+        self.note_touched(&volume, range.chunks(&volume));
+        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
+        let window_bytes = chunk_bytes * PREFETCH_WINDOW_CHUNKS as u64;
+        let mut at = range.offset;
+        while at < range.end() {
+            let end = range.end().min((at / window_bytes + 1) * window_bytes);
+            let window = ByteRange { offset: at, len: end - at };
+            let contents = self.contents(&volume, window, FetchClass::Priority).await?;
+            for (chunk, content) in contents {
+                if until == FetchUntil::Readable {
+                    self.fill_behind(&volume, chunk, content);
+                } else {
+                    // Charged, not asked: priority work never waits for the background's share.
+                    let bytes = content.bytes().len() as u64;
+                    self.0.stores[volume.store].budget.borrow_mut().charge(bytes, self.0.platform.now());
+                    self.fill(&volume, chunk, &content, FillTurn::AtOnce).await?;
+                }
+            }
+            at = end;
+        }
+        if mutation::on(Mutation::DurableFetchNotSynced) {
+            return Ok(Reply::Done);
+        }
+        if until == FetchUntil::Durable && !volume.map.borrow().is_durable(range.sectors()) {
+            volume.map.borrow_mut().record_zeroes(range.sectors());
+            volume.sync(&self.0.journal, &self.0.counters).await?;
+        }
+        Ok(Reply::Done)
+    }
+}
