@@ -86,7 +86,8 @@ pub(super) async fn serve(listener: TcpListener, router: Router, tally: Arc<Tall
 async fn serve_one(stream: TcpStream, router: Router) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE);
+    // A client that has said all it has to say, and closes its side, is still answered.
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE).half_close(true);
     let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     connection.await.map_err(io::Error::other)
 }
