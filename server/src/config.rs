@@ -22,6 +22,7 @@ use crate::cache::disk::DiskCacheConfig;
 use crate::datadir::CACHE_DIR;
 use crate::object_store::ObjectStoreUrl;
 use crate::object_store::s3::S3Config;
+use crate::placement::Overcommit;
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
 use crate::units::{ByteSize, Span};
@@ -49,6 +50,7 @@ pub struct Config {
     pub cache: CacheConfig,
     pub hydration: HydrationConfig,
     pub transfer: TransferConfig,
+    pub placement: PlacementConfig,
     pub deadlines: DeadlineConfig,
     pub retries: RetryConfig,
     /// How to reach a bucket.
@@ -72,6 +74,14 @@ pub struct HydrationConfig {
     pub read_bytes_max: ByteSize,
     /// What a volume's guest touches within this of its first attachment is its boot; 0s: none is recorded.
     pub boot_window: Span,
+}
+
+/// Where volumes go.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlacementConfig {
+    /// What volumes may be promised for each free byte, in stores that say nothing else.
+    pub overcommit: Overcommit,
 }
 
 /// How long things may take.
@@ -105,6 +115,12 @@ pub struct StoreConfig {
     /// Bytes per second that hydration may write to this store, so that guests are not disturbed.
     #[serde(default)]
     pub hydration_bandwidth: Bandwidth,
+    /// What fails together with it; its label unless given.
+    #[serde(default)]
+    pub domain: Option<String>,
+    /// `placement.overcommit` unless given.
+    #[serde(default)]
+    pub overcommit: Option<Overcommit>,
 }
 
 /// A budget in bytes per second; `None` is unlimited.
@@ -162,6 +178,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             hydration: HydrationConfig::default(),
             transfer: TransferConfig::default(),
+            placement: PlacementConfig::default(),
             deadlines: DeadlineConfig::default(),
             retries: RetryConfig::default(),
             s3: S3Config::default(),
@@ -348,8 +365,12 @@ impl Config {
         let mut labels = HashSet::new();
         let mut paths = HashSet::new();
         for store in &self.stores {
-            let StoreConfig { label, path, .. } = store;
+            let StoreConfig { label, path, domain, .. } = store;
             volley_protocol::name::check_name(label).map_err(|e| ConfigError(format!("store label: {e}")))?;
+            if let Some(domain) = domain {
+                volley_protocol::name::check_name(domain)
+                    .map_err(|e| ConfigError(format!("store {label:?}: domain: {e}")))?;
+            }
             if !labels.insert(label) {
                 return Err(ConfigError(format!("store label {label:?} is given twice: labels name volume stores")));
             }
@@ -380,6 +401,8 @@ impl Config {
             label: DEFAULT_STORE_LABEL.to_string(),
             path: self.data.join("store"),
             hydration_bandwidth: Bandwidth(None),
+            domain: None,
+            overcommit: None,
         }]
     }
 }
@@ -390,6 +413,8 @@ fn store_from_flag(text: &str) -> Result<StoreConfig, ConfigError> {
             label: label.to_string(),
             path: PathBuf::from(path),
             hydration_bandwidth: Bandwidth(None),
+            domain: None,
+            overcommit: None,
         }),
         _ => Err(ConfigError(format!("--store {text:?}: write LABEL=PATH"))),
     }

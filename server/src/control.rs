@@ -11,6 +11,7 @@ mod extract;
 mod http;
 mod ledger;
 mod node;
+mod place;
 mod problem;
 mod references;
 mod shards;
@@ -21,7 +22,6 @@ use std::future::Future;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
@@ -29,10 +29,13 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
 
 use crate::datadir::Store;
+use crate::placement::Overcommit;
 use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
 use boot_sets::BootSets;
+use place::Reasons;
+pub use place::{Measure, Space, measure};
 use problem::Problem;
 use references::References;
 use shards::Shards;
@@ -49,6 +52,9 @@ pub struct Settings {
     pub object_store: String,
     pub stores: Vec<Store>,
     pub default_rate: HydrationRate,
+    /// Of stores that have no ratio of their own.
+    pub overcommit: Overcommit,
+    pub measure: Measure,
     pub price_per_million_gets: u64,
     /// Command channel of each shard, by shard number.
     pub commands: Vec<flume::Sender<Command>>,
@@ -66,12 +72,13 @@ struct Inner {
     object_store: String,
     stores: Vec<Store>,
     default_rate: HydrationRate,
+    overcommit: Overcommit,
+    measure: Measure,
     price_per_million_gets: u64,
     addresses: Vec<String>,
     shards: Shards,
     started: SystemTime,
-    /// Round robin over the stores.
-    next_store: AtomicUsize,
+    reasons: std::sync::Mutex<Reasons>,
     /// Also serialises creation with the upkeep that drops unneeded references.
     references: tokio::sync::Mutex<References>,
     upkeep_due: tokio::sync::Notify,
@@ -83,19 +90,31 @@ impl Control {
     #[must_use]
     #[allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
     pub fn new(settings: Settings) -> Control {
-        let Settings { node_id, data, object_store, stores, default_rate, price_per_million_gets, commands, addresses } =
-            settings;
+        let Settings {
+            node_id,
+            data,
+            object_store,
+            stores,
+            default_rate,
+            overcommit,
+            measure,
+            price_per_million_gets,
+            commands,
+            addresses,
+        } = settings;
         Control(Arc::new(Inner {
             node_id,
             data,
             object_store,
             stores,
             default_rate,
+            overcommit,
+            measure,
             price_per_million_gets,
             addresses,
             shards: Shards::new(commands),
             started: SystemTime::now(),
-            next_store: AtomicUsize::new(0),
+            reasons: std::sync::Mutex::default(),
             references: tokio::sync::Mutex::new(References::default()),
             upkeep_due: tokio::sync::Notify::new(),
             boot_sets: tokio::sync::Mutex::new(BootSets::default()),
@@ -148,6 +167,7 @@ impl Control {
             .route("/v1/snapshots/{name}", get(snapshots::show))
             .route("/v1/volumes", get(volumes::list).post(create::create))
             .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::set_rate))
+            .route("/v1/place", post(place::place))
             .route("/v1/volumes/{name}/wait", get(volumes::wait))
             .route("/v1/cache", get(cache::show))
             .route("/v1/cache/images/{name}", delete(cache::drop_image))

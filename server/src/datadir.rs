@@ -16,6 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::config::StoreConfig;
+use crate::placement::Overcommit;
 pub use identity::{NodeIdentity, StoreIdentity, data_names, lock_shared, read_identity, store_names, verify_store};
 
 const NODE_FILE: &str = "node.toml";
@@ -48,6 +49,10 @@ pub struct Store {
     pub id: u128,
     /// Bytes per second hydration may write here; `None` is unlimited.
     pub hydration_bandwidth: Option<u64>,
+    /// What fails together with it.
+    pub domain: Arc<str>,
+    /// `None`: as the node says.
+    pub overcommit: Option<Overcommit>,
 }
 
 /// Why a data directory can't be used: one line that says what to do.
@@ -201,6 +206,8 @@ fn open_store(node: &mut NodeFile, node_id: u128, data: &Path, config: &StoreCon
         path: config.path.clone(),
         id,
         hydration_bandwidth: config.hydration_bandwidth.0,
+        domain: Arc::from(config.domain.as_ref().unwrap_or(&config.label).as_str()),
+        overcommit: config.overcommit,
     })
 }
 

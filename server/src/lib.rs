@@ -19,6 +19,7 @@ pub mod mutation;
 pub mod notify;
 pub mod object_store;
 pub mod parallel;
+pub mod placement;
 pub mod platform;
 pub mod shard;
 pub mod snapshot;

@@ -51,6 +51,19 @@ impl StoreGauges {
 /// # Errors
 /// Of `statvfs`.
 pub fn space_of(path: &Path) -> io::Result<SpaceInfo> {
+    let info = statvfs(path)?;
+    Ok(SpaceInfo { total_bytes: info.f_blocks * info.f_frsize, free_bytes: info.f_bavail * info.f_frsize })
+}
+
+/// Whether the file system at `path` is mounted read-only, as after an error of its disk.
+///
+/// # Errors
+/// Of `statvfs`.
+pub fn is_read_only(path: &Path) -> io::Result<bool> {
+    Ok(statvfs(path)?.f_flag & libc::ST_RDONLY != 0)
+}
+
+fn statvfs(path: &Path) -> io::Result<libc::statvfs> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut info = MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: `path` is a nul-terminated string and `info` has room for one statvfs; both outlive the call.
@@ -59,7 +72,7 @@ pub fn space_of(path: &Path) -> io::Result<SpaceInfo> {
     }
     // SAFETY: statvfs succeeded, so it filled the structure.
     let info = unsafe { info.assume_init() };
-    Ok(SpaceInfo { total_bytes: info.f_blocks * info.f_frsize, free_bytes: info.f_bavail * info.f_frsize })
+    Ok(info)
 }
 
 /// Encodes everything.

@@ -23,6 +23,7 @@ pub mod readahead;
 pub mod residency;
 pub(crate) mod signal;
 pub mod stats;
+mod store_loads;
 mod upkeep;
 mod volume;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::placement::Overcommit;
 use crate::types::HydrationRate;
 
 /// Suffixes of sizes, in any letter case: powers of 1024, as in the command-line tools.
@@ -145,6 +146,22 @@ impl FromStr for HydrationRate {
     }
 }
 
+/// `512 B`, `4 KiB`, `1.5 GiB`: at most one decimal, in the largest unit that leaves a number of at least 1.
+#[must_use]
+pub fn format_size(bytes: u64) -> String {
+    let (name, unit) = match bytes {
+        0..1024 => return format!("{bytes} B"),
+        _ if bytes >= 1 << 40 => ("TiB", 1u64 << 40),
+        _ if bytes >= 1 << 30 => ("GiB", 1 << 30),
+        _ if bytes >= 1 << 20 => ("MiB", 1 << 20),
+        _ => ("KiB", 1 << 10),
+    };
+    if bytes.is_multiple_of(unit) {
+        return format!("{} {name}", bytes / unit);
+    }
+    format!("{:.1} {name}", bytes as f64 / unit as f64)
+}
+
 /// Deserialises from a string through `FromStr`, or from a plain number through the same text.
 fn from_text_or_number<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(deserializer: D) -> Result<T, D::Error> {
     struct Visitor<T>(std::marker::PhantomData<T>);
@@ -167,6 +184,11 @@ fn from_text_or_number<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(dese
         fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<T, E> {
             self.visit_str(&number.to_string())
         }
+
+        fn visit_f64<E: serde::de::Error>(self, number: f64) -> Result<T, E> {
+            // With its point, which sizes and rates refuse.
+            self.visit_str(&format!("{number:?}"))
+        }
     }
 
     deserializer.deserialize_any(Visitor(std::marker::PhantomData))
@@ -188,7 +210,7 @@ macro_rules! serde_through_text {
     )*};
 }
 
-serde_through_text!(ByteSize, Span, HydrationRate);
+serde_through_text!(ByteSize, Span, HydrationRate, Overcommit);
 
 #[cfg(test)]
 mod tests {

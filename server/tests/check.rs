@@ -71,7 +71,13 @@ impl Lab {
     }
 
     fn store_config(&self) -> StoreConfig {
-        StoreConfig { label: "main".into(), path: self.dir.path().join("main"), hydration_bandwidth: Bandwidth(None) }
+        StoreConfig {
+            label: "main".into(),
+            path: self.dir.path().join("main"),
+            hydration_bandwidth: Bandwidth(None),
+            domain: None,
+            overcommit: None,
+        }
     }
 
     fn volumes_dir(&self) -> PathBuf {

@@ -22,6 +22,7 @@ pub mod ledger;
 pub mod node;
 pub mod object_store;
 mod objects;
+pub mod place;
 pub mod store;
 pub mod volume;
 
@@ -46,6 +47,8 @@ enum Command {
     /// Watch the volumes that one request created.
     #[command(subcommand)]
     Batch(batch::BatchCommand),
+    /// Show where volumes would go, and why, without creating any.
+    Place(place::PlaceArgs),
     /// Look at the volume stores.
     #[command(subcommand)]
     Store(store::StoreCommand),
@@ -116,6 +119,7 @@ pub fn main() -> ExitCode {
         Command::Volume(command) => volume::run(&cli.globals, command),
         Command::Batch(command) => batch::run(&cli.globals, command),
         Command::BootSet(command) => bootset::run(&cli.globals, command),
+        Command::Place(args) => place::run(&cli.globals, args),
         Command::Store(command) => store::run(&cli.globals, command),
         Command::Cache(command) => cache::run(&cli.globals, command),
         Command::ObjectStore(command) => object_store::run(&cli.globals, command),

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+pub use volley_server::units::format_size;
+
 /// Suffixes of sizes. All are powers of 1024: a block device has no use for the decimal ones, and silently
 /// reading `1GB` as one or the other is how volumes end up a few MiB short.
 const SIZE_UNITS: [(&str, u64); 10] = [
@@ -50,22 +52,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     unit.and_then(|unit| scale(number, unit))
         .map(Duration::from_nanos)
         .ok_or_else(|| format!("{text:?} is not a duration: write a number with its unit: us, ms, s, m or h"))
-}
-
-/// `512 B`, `4 KiB`, `1.5 GiB`: at most one decimal, in the largest unit that leaves a number of at least 1.
-#[must_use]
-pub fn format_size(bytes: u64) -> String {
-    let (name, unit) = match bytes {
-        0..1024 => return format!("{bytes} B"),
-        _ if bytes >= 1 << 40 => ("TiB", 1u64 << 40),
-        _ if bytes >= 1 << 30 => ("GiB", 1 << 30),
-        _ if bytes >= 1 << 20 => ("MiB", 1 << 20),
-        _ => ("KiB", 1 << 10),
-    };
-    if bytes.is_multiple_of(unit) {
-        return format!("{} {name}", bytes / unit);
-    }
-    format!("{:.1} {name}", bytes as f64 / unit as f64)
 }
 
 /// `870 us`, `12.5 ms`, `3.21 s`, `4m 07s`, `2h 05m`.

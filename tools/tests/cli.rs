@@ -276,3 +276,34 @@ fn the_service_manager_is_told() {
     process.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     assert!(said.starts_with("volleyd: ready: data 127.0.0.1:"), "{said}");
 }
+
+#[test]
+fn placement_is_shown_before_and_after() {
+    let server = Server::start();
+    let table = server.ok(&["place", "--dry-run", "--size", "1MiB", "--count", "3"]);
+    let lines: Vec<&str> = table.lines().collect();
+    assert!(lines[0].starts_with("STORE    DOMAIN   VOLUMES  ROOM FOR"), "{table}");
+    assert!(lines[1].starts_with("default  default  3 "), "{table}");
+    assert!(lines[2].starts_with("3 volumes of 1 MiB fit"), "{table}");
+    let placed = server.json(&["place", "--dry-run", "--size", "1MiB", "--count", "3", "--spread", "domain"]);
+    assert_eq!((&placed["fits"], &placed["stores"][0]["volumes"]), (&true.into(), &3.into()));
+    assert_eq!(server.json(&["volume", "list"]).as_array().unwrap().len(), 0);
+
+    let huge = ["--size", "10TiB", "--count", "100000"];
+    let refused = server.volley(&[&["place", "--dry-run"], &huge[..]].concat());
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(one_line(&refused).contains("100000 volumes of 10 TiB do not fit"), "{}", one_line(&refused));
+    let error = server.fails(&[&["volume", "create", "--name-prefix", "v"], &huge[..]].concat());
+    assert!(
+        error.contains("100000 volumes of 10 TiB do not fit: there is room for ") && error.contains("overcommit 1"),
+        "{error}"
+    );
+    assert_eq!(server.json(&["volume", "list"]).as_array().unwrap().len(), 0);
+    // More than there is only when it is said.
+    server.ok(&["volume", "create", "big", "--size", "15TiB", "--overcommit", "unlimited", "--spread", "store"]);
+    let shown = server.ok(&["volume", "show", "big"]);
+    assert!(shown.contains("placement         the only store that takes volumes; load "), "{shown}");
+    assert!(server.ok(&["store", "list"]).contains("15 TiB"));
+    let usage = server.volley(&["place", "--size", "1MiB"]);
+    assert_eq!(usage.status.code(), Some(2));
+}

@@ -155,7 +155,18 @@ impl Bench<'_> {
     /// Creates the volumes of one request and boots them.
     fn wave(&self, server: &Server, prefix: &str) -> Result<Wave> {
         let count = self.args.volumes.to_string();
-        let create = ["volume", "create", "--snapshot", "debian", "--rate", "none", "--count", &count];
+        let create = [
+            "volume",
+            "create",
+            "--overcommit",
+            "unlimited",
+            "--snapshot",
+            "debian",
+            "--rate",
+            "none",
+            "--count",
+            &count,
+        ];
         let _ = self.site.origin().take_counts();
         run(self.site.volley(Some(server), &create)?.args(["--name-prefix", prefix]))?;
         let begun = Instant::now();

@@ -284,7 +284,18 @@ impl Bench<'_> {
     /// Creates `count` volumes in one request; returns the seconds it took.
     fn create_batch(&self, server: &Server, objects: &Path, prefix: &str, count: u32) -> Result<f64> {
         let (http, count) = (server.ready_word("http")?, count.to_string());
-        let create = ["volume", "create", "--snapshot", "bench", "--rate", "none", "--count", &count];
+        let create = [
+            "volume",
+            "create",
+            "--overcommit",
+            "unlimited",
+            "--snapshot",
+            "bench",
+            "--rate",
+            "none",
+            "--count",
+            &count,
+        ];
         let mut command = self.volley(objects, Some(&http), &create)?;
         timed(command.args(["--name-prefix", prefix]))
     }

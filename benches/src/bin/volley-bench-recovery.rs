@@ -84,8 +84,13 @@ impl Node<'_> {
         let shards = if args.cores == 0 { cores } else { args.cores };
         let node = Node { args, dir, sockets, data, count, shards };
         let store = node.data.join("store");
-        let stores =
-            [StoreConfig { label: "default".into(), path: store.clone(), hydration_bandwidth: Bandwidth(None) }];
+        let stores = [StoreConfig {
+            label: "default".into(),
+            path: store.clone(),
+            hydration_bandwidth: Bandwidth(None),
+            domain: None,
+            overcommit: None,
+        }];
         drop(DataDir::open(&node.data, &stores).map_err(|e| e.to_string())?);
         for number in 0..count {
             let path = store.join(VOLUMES_DIR).join(format!("{}.raw", spec(number).id));

@@ -128,7 +128,17 @@ impl Bench<'_> {
     }
 
     fn create(&self, server: &Server, volumes: u32) -> Result<()> {
-        let create = ["volume", "create", "--snapshot", "debian", "--name-prefix", "vm-", "--count"];
+        let create = [
+            "volume",
+            "create",
+            "--overcommit",
+            "unlimited",
+            "--snapshot",
+            "debian",
+            "--name-prefix",
+            "vm-",
+            "--count",
+        ];
         run(self.site.volley(Some(server), &create)?.arg(volumes.to_string()))?;
         Ok(())
     }

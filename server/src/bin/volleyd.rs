@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
@@ -13,7 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use volley_server::bootstrap::{self, Node, NodeConfig};
 use volley_server::config::{Config, Overrides};
-use volley_server::control::{Control, Settings};
+use volley_server::control::{self, Control, Settings};
 use volley_server::datadir::DataDir;
 use volley_server::notify;
 use volley_server::units::parse_duration;
@@ -93,6 +94,8 @@ fn run(args: Args) -> Result<(), String> {
         object_store,
         stores: data.stores.clone(),
         default_rate: config.hydration.default_rate,
+        overcommit: config.placement.overcommit,
+        measure: Arc::new(control::measure),
         price_per_million_gets: config.transfer.price_per_million_gets,
         commands: node.commands.clone(),
         addresses: node.addresses.clone(),

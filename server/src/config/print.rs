@@ -20,6 +20,7 @@ pub(super) fn to_toml(config: &Config) -> String {
         cache,
         hydration,
         transfer,
+        placement,
         deadlines,
         retries,
         s3,
@@ -106,6 +107,11 @@ readahead_bytes_max = "{readahead_bytes_max}"
 # Price of 1,000,000 GETs, in any unit of money: `volley ledger` multiplies by it.
 price_per_million_gets = {price_per_million_gets}
 
+[placement]
+# What volumes may be promised for each free byte of a store, before it takes no more: 1 is what there is, "unlimited" promises
+# without end. A [[store]] may have its own, and a request that creates volumes too.
+overcommit = "{overcommit}"
+
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
 guest_read = "{guest_read}"
@@ -137,6 +143,7 @@ corrupt_attempts = {corrupt_attempts}
         hedge_percent = transfer.hedge_percent,
         readahead_bytes_max = transfer.readahead_bytes_max,
         price_per_million_gets = transfer.price_per_million_gets,
+        overcommit = placement.overcommit,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,
         deadline = retries.deadline,
@@ -206,22 +213,31 @@ conditional_put = {conditional_put}
 }
 
 const STORES_COMMENT: &str = "
-# Volume stores: directories that hold one file per volume; new volumes go round robin over them. A label must stay
+# Volume stores: directories that hold one file per volume; new volumes go where most is left. A label must stay
 # with its directory. Without any, there is one store \"default\" at <data>/store. hydration_bandwidth is what
-# hydration may write to the store, so that guests are not disturbed.
+# hydration may write to the store, so that guests are not disturbed. Stores of one domain fail together (its label
+# unless given); --spread domain deals a batch over the domains. overcommit as in [placement].
 ";
 
 const STORE_EXAMPLE: &str = "# [[store]]
 # label = \"nvme0\"
 # path = \"/mnt/nvme0/volley\"
 # hydration_bandwidth = \"unlimited\"
+# domain = \"rack-1\"
+# overcommit = \"1\"
 ";
 
 fn push_store(out: &mut String, store: &StoreConfig) {
-    let StoreConfig { label, path, hydration_bandwidth } = store;
+    let StoreConfig { label, path, hydration_bandwidth, domain, overcommit } = store;
     let (label, path) = (text(label), text(&path.to_string_lossy()));
-    let _ =
-        write!(out, "[[store]]\nlabel = {label}\npath = {path}\nhydration_bandwidth = \"{hydration_bandwidth}\"\n\n");
+    let _ = writeln!(out, "[[store]]\nlabel = {label}\npath = {path}\nhydration_bandwidth = \"{hydration_bandwidth}\"");
+    if let Some(domain) = domain {
+        let _ = writeln!(out, "domain = {}", self::text(domain));
+    }
+    if let Some(overcommit) = overcommit {
+        let _ = writeln!(out, "overcommit = \"{overcommit}\"");
+    }
+    out.push('\n');
 }
 
 /// A TOML string, quoted and escaped.

@@ -25,6 +25,8 @@ fn printing_covers_every_key() {
         label: label.to_string(),
         path: PathBuf::from(format!("/mnt/{label} \"quoted\"")),
         hydration_bandwidth: Bandwidth(Some(300 << 20)),
+        domain: Some("rack-1".to_string()),
+        overcommit: Some(Overcommit::Unlimited),
     };
     let config = Config {
         data: PathBuf::from("/x/y"),
@@ -56,6 +58,7 @@ fn printing_covers_every_key() {
             readahead_bytes_max: ByteSize(3 << 20),
             price_per_million_gets: 40,
         },
+        placement: PlacementConfig { overcommit: Overcommit::Ratio(250) },
         deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },
         retries: RetryConfig {
             deadline: Span(Duration::from_secs(60)),

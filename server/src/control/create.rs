@@ -2,7 +2,6 @@
 #![allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
@@ -14,7 +13,9 @@ use volley_protocol::name::check_name;
 
 use crate::datadir::random_bytes;
 use crate::error::{Result, Status};
+use crate::placement::{Batch, Overcommit, Spread};
 use crate::shard::api::Command;
+use crate::snapshot::{ChunkEntry, Manifest};
 use crate::types::{
     CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, HydrationRate, LOGICAL_BLOCK_BYTES, SnapshotRef, VolumeId,
     VolumeSpec, batch_text,
@@ -23,6 +24,7 @@ use crate::units::ByteSize;
 
 use super::Control;
 use super::extract::Body;
+use super::place::refused;
 use super::problem::{Answer, Problem};
 
 /// More volumes in one request would only make an answer nobody can handle.
@@ -30,19 +32,23 @@ const COUNT_MAX: u64 = 100_000;
 /// The largest file of ext4 with 4 KiB blocks is one block short of 16 TiB.
 const VOLUME_BYTES_MAX: u64 = (16 << 40) - (1 << 20);
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct CreateRequest {
-    snapshot: Option<String>,
-    size_bytes: Option<u64>,
-    name: Option<String>,
-    name_prefix: Option<String>,
-    count: Option<u64>,
+    pub(super) snapshot: Option<String>,
+    pub(super) size_bytes: Option<u64>,
+    pub(super) name: Option<String>,
+    pub(super) name_prefix: Option<String>,
+    pub(super) count: Option<u64>,
     /// Number of the first volume of a batch.
-    start: Option<u64>,
-    rate: Option<HydrationRate>,
-    store: Option<String>,
-    chunk_bytes: Option<u32>,
+    pub(super) start: Option<u64>,
+    pub(super) rate: Option<HydrationRate>,
+    pub(super) store: Option<String>,
+    #[serde(default)]
+    pub(super) spread: Spread,
+    /// In place of the stores' own ratios.
+    pub(super) overcommit: Option<Overcommit>,
+    pub(super) chunk_bytes: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -65,6 +71,8 @@ struct Template {
     snapshot: Option<SnapshotRef>,
     size_bytes: u64,
     chunk_bytes: u32,
+    /// Of the image.
+    data_bytes: u64,
 }
 
 pub(super) async fn create(
@@ -80,17 +88,14 @@ pub(super) async fn create(
 impl Control {
     async fn create(&self, request: CreateRequest) -> Answer<Created> {
         let names = names(&request)?;
-        check_shape(&request)?;
-        if let Some(label) = &request.store {
-            self.check_store(label)?;
-        }
+        self.check(&request)?;
         // Until the shards know the volumes, upkeep must not drop the reference.
         let mut references = self.0.references.lock().await;
         let template = match &request.snapshot {
             None => blank(&request)?,
             Some(name) => {
                 let manifest = self.manifest(name).await?;
-                let template = from_snapshot(&request, name, manifest.id, manifest.size_bytes, manifest.chunk_bytes)?;
+                let template = from_snapshot(&request, &manifest)?;
                 if !references.holds(name) {
                     references.hold(self, name).await?;
                     self.check_still_there(name, manifest.id).await?;
@@ -99,7 +104,13 @@ impl Control {
                 template
             }
         };
-        let specs = self.specs(&request, names, &template)?;
+        let batch = self.batch_of(&request, names.len() as u64, &template);
+        let plan = self.plan(&batch, template.snapshot.as_ref()).await?;
+        if let Some(problem) = refused(&plan, &batch) {
+            return Err(problem);
+        }
+        let stores = plan.outcome.as_deref().unwrap_or_default();
+        let specs = self.specs(&request, names, stores, &template)?;
         let created = Created {
             batch: specs.first().and_then(|spec| spec.batch).map(batch_text).unwrap_or_default(),
             snapshot: request.snapshot.clone(),
@@ -108,6 +119,9 @@ impl Control {
         };
         self.send(specs).await?;
         drop(references);
+        if let Ok(mut reasons) = self.0.reasons.lock() {
+            reasons.remember(created.batch.clone(), &plan, &batch);
+        }
         let snapshot = request.snapshot.as_deref().unwrap_or("none");
         tracing::info!(batch = created.batch, volumes = created.volumes.len(), snapshot, "created");
         Ok(created)
@@ -125,7 +139,13 @@ impl Control {
         }
     }
 
-    fn specs(&self, request: &CreateRequest, names: Vec<String>, template: &Template) -> Answer<Vec<VolumeSpec>> {
+    fn specs(
+        &self,
+        request: &CreateRequest,
+        names: Vec<String>,
+        stores: &[u32],
+        template: &Template,
+    ) -> Answer<Vec<VolumeSpec>> {
         let mut random = vec![0; (names.len() + 1) * 8];
         random_bytes(&mut random)
             .map_err(|e| Problem::new(Status::Internal, format!("no random numbers for volume ids: {e}")))?;
@@ -133,28 +153,51 @@ impl Control {
         let mut unique = || random.next().expect("one more than there are names");
         let batch = unique();
         let created_unix_ms = unix_ms();
-        let spec = |name: String| VolumeSpec {
+        let spec = |(name, store): (String, &u32)| VolumeSpec {
             id: VolumeId::new(&name, unique()),
             name: Arc::from(name),
             size_bytes: template.size_bytes,
             chunk_bytes: template.chunk_bytes,
             snapshot: template.snapshot.clone(),
-            store: self.pick_store(request.store.as_deref()),
+            store: self.0.stores[*store as usize].label.clone(),
             rate: request.rate.unwrap_or(self.0.default_rate),
             batch: Some(batch),
             created_unix_ms,
         };
-        Ok(names.into_iter().map(spec).collect())
+        Ok(names.into_iter().zip(stores).map(spec).collect())
     }
 
-    fn pick_store(&self, wanted: Option<&str>) -> Arc<str> {
-        match wanted {
-            Some(label) => Arc::from(label),
-            None => {
-                let next = self.0.next_store.fetch_add(1, Ordering::Relaxed);
-                self.0.stores[next % self.0.stores.len()].label.clone()
-            }
+    /// What a request like this one asks of placement, without creating anything.
+    pub(super) async fn batch(&self, request: &CreateRequest) -> Answer<(Batch, Option<SnapshotRef>)> {
+        let count = names(request)?.len() as u64;
+        self.check(request)?;
+        let template = match &request.snapshot {
+            None => blank(request)?,
+            Some(name) => from_snapshot(request, &self.manifest(name).await?)?,
+        };
+        Ok((self.batch_of(request, count, &template), template.snapshot))
+    }
+
+    fn batch_of(&self, request: &CreateRequest, count: u64, template: &Template) -> Batch {
+        let rate = request.rate.unwrap_or(self.0.default_rate);
+        Batch {
+            count,
+            volume_bytes: template.size_bytes,
+            data_bytes: if rate == HydrationRate::None { 0 } else { template.data_bytes },
+            bandwidth: match rate {
+                HydrationRate::BytesPerSecond(bytes) if template.snapshot.is_some() => bytes,
+                _ => 0,
+            },
+            spread: request.spread,
+            store: request.store.as_deref().map(Arc::from),
+            overcommit: request.overcommit,
         }
+    }
+
+    /// Everything that can be said without the snapshot.
+    fn check(&self, request: &CreateRequest) -> Answer<()> {
+        check_shape(request)?;
+        request.store.as_ref().map_or(Ok(()), |label| self.check_store(label))
     }
 
     fn check_store(&self, label: &str) -> Answer<()> {
@@ -248,16 +291,16 @@ fn check_shape(request: &CreateRequest) -> Answer<()> {
 
 fn blank(request: &CreateRequest) -> Answer<Template> {
     let size_bytes = request.size_bytes.ok_or_else(|| Problem::invalid("snapshot or size_bytes must be given"))?;
-    Ok(Template { snapshot: None, size_bytes, chunk_bytes: request.chunk_bytes.unwrap_or(CHUNK_BYTES_DEFAULT) })
+    Ok(Template {
+        snapshot: None,
+        size_bytes,
+        chunk_bytes: request.chunk_bytes.unwrap_or(CHUNK_BYTES_DEFAULT),
+        data_bytes: 0,
+    })
 }
 
-fn from_snapshot(
-    request: &CreateRequest,
-    name: &str,
-    id: u128,
-    image_bytes: u64,
-    chunk_bytes: u32,
-) -> Answer<Template> {
+fn from_snapshot(request: &CreateRequest, manifest: &Manifest) -> Answer<Template> {
+    let (image_bytes, chunk_bytes) = (manifest.size_bytes, manifest.chunk_bytes);
     let size_bytes = request.size_bytes.unwrap_or(image_bytes);
     if size_bytes < image_bytes {
         return Err(Problem::invalid(format!(
@@ -267,7 +310,10 @@ fn from_snapshot(
     if request.chunk_bytes.is_some_and(|wanted| wanted != chunk_bytes) {
         return Err(Problem::invalid(format!("chunk_bytes: the image has chunks of {chunk_bytes} bytes")));
     }
-    Ok(Template { snapshot: Some(SnapshotRef { name: Arc::from(name), id }), size_bytes, chunk_bytes })
+    let stored = (0..manifest.chunk_count()).filter(|chunk| manifest.chunk(*chunk) != ChunkEntry::Zero);
+    let data_bytes = stored.map(|chunk| u64::from(manifest.chunk_len(chunk))).sum();
+    let snapshot = SnapshotRef { name: Arc::from(manifest.name.as_str()), id: manifest.id };
+    Ok(Template { snapshot: Some(snapshot), size_bytes, chunk_bytes, data_bytes })
 }
 
 impl CreatedVolume {

@@ -1,6 +1,5 @@
 //! `/v1/node`, `/v1/stores`, `/healthz` and `/metrics`: the node itself.
 
-use std::collections::HashMap;
 use std::time::UNIX_EPOCH;
 
 use axum::Json;
@@ -10,12 +9,13 @@ use axum::response::IntoResponse;
 use serde::Serialize;
 
 use crate::datadir::Store;
-use crate::error::{Error, Status};
 use crate::metrics::{self, StoreGauges};
+use crate::placement::Overcommit;
 use crate::shard::api::{Command, ShardStats};
 
 use super::Control;
 use super::extract::Segment;
+use super::place::Measured;
 use super::problem::{Answer, Problem};
 
 #[derive(Serialize)]
@@ -54,14 +54,27 @@ pub(super) struct StoreStatus {
     label: String,
     id: String,
     path: String,
+    domain: String,
+    overcommit: Overcommit,
     volumes: u64,
     /// Of the filesystem the store is on.
     capacity_bytes: u64,
     free_bytes: u64,
     /// Sum of the device sizes of its volumes; may exceed the capacity.
     volume_bytes: u64,
+    /// Promised and not yet written: device sizes without what their files occupy.
+    committed_bytes: u64,
     /// `null` is unlimited.
     hydration_bytes_per_second_max: Option<u64>,
+    /// Over the last seconds.
+    hydration_bytes_per_second: u64,
+    /// Rates of volumes that are not hydrated.
+    hydration_promised_bytes_per_second: u64,
+    /// What background hydration still has to bring.
+    remaining_bytes: u64,
+    guest_written_bytes_per_second: u64,
+    /// Why it takes no volumes.
+    failure: Option<String>,
 }
 
 pub(super) async fn health(State(control): State<Control>) -> Answer<&'static str> {
@@ -118,32 +131,32 @@ impl Control {
     }
 
     async fn store_status(&self) -> Answer<Vec<StoreStatus>> {
-        let volumes = self.all_volumes().await?;
-        let mut used: HashMap<&str, (u64, u64)> = HashMap::new();
-        for volume in &volumes {
-            let (count, bytes) = used.entry(&volume.store).or_default();
-            *count += 1;
-            *bytes += volume.size_bytes;
-        }
-        let status = |store: &Store| store_status(store, used.get(&*store.label).copied().unwrap_or_default());
-        self.0.stores.iter().map(status).collect()
+        let measured = self.measured(None).await?;
+        Ok(self.0.stores.iter().zip(measured).map(|(store, measured)| self.one_store(store, &measured)).collect())
     }
-}
 
-fn store_status(store: &Store, (volumes, volume_bytes): (u64, u64)) -> Answer<StoreStatus> {
-    let space = metrics::space_of(&store.path).map_err(|e| {
-        Error::new(Status::Io, format!("volume store {:?} at {}: {e}", store.label, store.path.display()))
-    })?;
-    Ok(StoreStatus {
-        label: store.label.to_string(),
-        id: format!("{:032x}", store.id),
-        path: store.path.display().to_string(),
-        volumes,
-        capacity_bytes: space.total_bytes,
-        free_bytes: space.free_bytes,
-        volume_bytes,
-        hydration_bytes_per_second_max: store.hydration_bandwidth,
-    })
+    fn one_store(&self, store: &Store, measured: &Measured) -> StoreStatus {
+        let space = measured.space.as_ref().ok();
+        let load = &measured.load;
+        StoreStatus {
+            label: store.label.to_string(),
+            id: format!("{:032x}", store.id),
+            path: store.path.display().to_string(),
+            domain: store.domain.to_string(),
+            overcommit: store.overcommit.unwrap_or(self.0.overcommit),
+            volumes: load.volumes,
+            capacity_bytes: space.map_or(0, |space| space.capacity_bytes),
+            free_bytes: space.map_or(0, |space| space.free_bytes),
+            volume_bytes: load.volume_bytes,
+            committed_bytes: load.volume_bytes.saturating_sub(space.map_or(0, |space| space.allocated_bytes)),
+            hydration_bytes_per_second_max: store.hydration_bandwidth,
+            hydration_bytes_per_second: load.hydrated_bytes_per_second,
+            hydration_promised_bytes_per_second: load.promised_bytes_per_second,
+            remaining_bytes: load.backlog_bytes,
+            guest_written_bytes_per_second: load.guest_written_bytes_per_second,
+            failure: measured.failure(),
+        }
+    }
 }
 
 impl Shard {

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // Tests run outside of any shard.
 
 mod fake;
+mod placement;
 
 use fake::{Fault, Node};
 use serde_json::{Value, json};
@@ -30,7 +31,7 @@ fn a_batch_is_created_over_all_shards_and_listed() {
 }
 
 #[test]
-fn stores_are_filled_round_robin() {
+fn equal_stores_are_filled_alike() {
     let node = Node::start(2);
     node.post("/v1/volumes", &json!({"size_bytes": 4096, "name_prefix": "v", "count": 10}));
     for (label, volumes) in [("a", 5), ("b", 5)] {

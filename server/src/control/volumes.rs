@@ -76,6 +76,14 @@ pub(super) struct Batch {
     eta_seconds: Option<f64>,
 }
 
+/// A volume, and why it is in its store.
+#[derive(Serialize)]
+pub(super) struct Shown {
+    #[serde(flatten)]
+    status: VolumeStatus,
+    placement: String,
+}
+
 #[derive(Serialize)]
 pub(super) struct Batches {
     batches: Vec<Batch>,
@@ -94,8 +102,11 @@ pub(super) async fn list(State(control): State<Control>, Params(params): Params<
     Ok(Json(Page { volumes, next }))
 }
 
-pub(super) async fn show(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<VolumeStatus>> {
-    control.volume(name).await.map(Json)
+pub(super) async fn show(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<Shown>> {
+    let status = control.volume(name).await?;
+    let reasons = control.0.reasons.lock();
+    let placement = reasons.map(|reasons| reasons.of(status.batch.as_deref(), &status.store)).unwrap_or_default();
+    Ok(Json(Shown { status, placement }))
 }
 
 pub(super) async fn delete(

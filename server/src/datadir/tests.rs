@@ -5,7 +5,13 @@ use super::*;
 use crate::config::Bandwidth;
 
 fn store(label: &str, path: PathBuf) -> StoreConfig {
-    StoreConfig { label: label.to_string(), path, hydration_bandwidth: Bandwidth(Some(7)) }
+    StoreConfig {
+        label: label.to_string(),
+        path,
+        hydration_bandwidth: Bandwidth(Some(7)),
+        domain: None,
+        overcommit: None,
+    }
 }
 
 fn open_error(path: &Path, stores: &[StoreConfig]) -> String {

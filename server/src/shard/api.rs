@@ -216,6 +216,11 @@ pub enum Command {
     Stats {
         reply: ReplyTo<ShardStats>,
     },
+    /// What placement has to know of the stores; counts volumes of `snapshot` as near to a new one.
+    StoreLoads {
+        snapshot: Option<u128>,
+        reply: ReplyTo<Vec<StoreLoad>>,
+    },
     /// What each image and batch caused on this shard.
     Ledger {
         reply: ReplyTo<Vec<(Origin, Totals)>>,
@@ -308,6 +313,41 @@ impl WarmStatus {
         self.chunks_pinned += other.chunks_pinned;
         self.chunks_skipped += other.chunks_skipped;
         self.chunks_failed += other.chunks_failed;
+    }
+}
+
+/// A shard's part of a volume store, as placement sees it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoreLoad {
+    pub volumes: u64,
+    /// Device sizes.
+    pub volume_bytes: u64,
+    /// Rates of volumes that are not hydrated.
+    pub promised_bytes_per_second: u64,
+    /// What background hydration still has to bring.
+    pub backlog_bytes: u64,
+    /// Over the last seconds.
+    pub guest_written_bytes_per_second: u64,
+    pub hydrated_bytes_per_second: u64,
+    /// Most that a volume of the snapshot in question has of its data.
+    pub image_bytes: u64,
+    /// The error of a volume whose file failed.
+    pub failure: Option<String>,
+}
+
+impl StoreLoad {
+    /// With another shard's part.
+    #[must_use]
+    pub fn and(mut self, other: &StoreLoad) -> StoreLoad {
+        self.volumes += other.volumes;
+        self.volume_bytes = self.volume_bytes.saturating_add(other.volume_bytes);
+        self.promised_bytes_per_second = self.promised_bytes_per_second.saturating_add(other.promised_bytes_per_second);
+        self.backlog_bytes = self.backlog_bytes.saturating_add(other.backlog_bytes);
+        self.guest_written_bytes_per_second += other.guest_written_bytes_per_second;
+        self.hydrated_bytes_per_second += other.hydrated_bytes_per_second;
+        self.image_bytes = self.image_bytes.max(other.image_bytes);
+        self.failure = self.failure.or_else(|| other.failure.clone());
+        self
     }
 }
 

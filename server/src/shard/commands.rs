@@ -47,6 +47,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.wait_hydrated(&name, Duration::from_millis(timeout_ms)).await));
             }
             Command::Stats { reply } => drop(reply.send(self.stats())),
+            Command::StoreLoads { snapshot, reply } => drop(reply.send(self.store_loads(snapshot))),
             Command::Ledger { reply } => drop(reply.send(self.0.transfer.ledger().totals())),
             Command::ShowCache { reply } => drop(reply.send(self.cache_status())),
             Command::WarmCache { snapshot, pin, reply } => drop(reply.send(self.warm_cache(&snapshot, pin).await)),

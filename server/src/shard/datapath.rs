@@ -304,6 +304,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.counters.guest_written_bytes.add(len);
         volume.counters.writes.add(1);
         volume.counters.written_bytes.add(len);
+        self.0.stores[volume.store].guest_writes.borrow_mut().add(len, self.0.platform.now());
     }
 
     async fn finish_write(&self, volume: &Rc<Volume<P>>, fua: bool) -> Result<Reply> {

@@ -90,7 +90,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if written > 0 {
             self.0.counters.filled_chunks.add(1);
             self.0.counters.filled_bytes.add(written);
-            volume.hydration.borrow_mut().meter.add(written, self.0.platform.now());
+            let now = self.0.platform.now();
+            volume.hydration.borrow_mut().meter.add(written, now);
+            self.0.stores[volume.store].hydrated.borrow_mut().add(written, now);
             self.note_dirty(volume);
         }
         Ok(())

@@ -70,6 +70,9 @@ pub struct Store {
     /// This shard's part of the fixed hydration share, in bytes.
     pub budget: RefCell<TokenBucket>,
     pub(super) fills: FillTurns,
+    /// Bytes that guests write, and that fills do.
+    pub(super) guest_writes: RefCell<RateMeter>,
+    pub(super) hydrated: RefCell<RateMeter>,
     pub(super) wake: Signal,
     queue: RefCell<VecDeque<VolumeId>>,
     queued: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
@@ -83,6 +86,8 @@ impl Store {
             volumes_dir,
             budget: RefCell::new(budget),
             fills: FillTurns::default(),
+            guest_writes: RefCell::default(),
+            hydrated: RefCell::default(),
             wake: Signal::default(),
             queue: RefCell::default(),
             queued: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(25, 26, 27, 28))),

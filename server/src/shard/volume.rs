@@ -328,6 +328,11 @@ impl<P: Platform> Volume<P> {
         changed.map_err(|e| self.io_error(what, &e))
     }
 
+    /// The failed sync, if there was one.
+    pub fn failure(&self) -> Option<String> {
+        self.poisoned.borrow().as_ref().map(|error| error.message.clone())
+    }
+
     fn check_poison(&self) -> Result<()> {
         self.poisoned.borrow().clone().map_or(Ok(()), Err)
     }

@@ -24,6 +24,11 @@ struct Store {
     volume_bytes: u64,
     capacity_bytes: u64,
     free_bytes: u64,
+    domain: String,
+    committed_bytes: u64,
+    guest_written_bytes_per_second: u64,
+    hydration_bytes_per_second: u64,
+    failure: Option<String>,
     hydration_bytes_per_second_max: Option<u64>,
 }
 
@@ -49,20 +54,38 @@ pub fn run(globals: &Globals, command: StoreCommand) -> CliResult {
 }
 
 fn table(stores: &[Value]) -> CliResult {
-    let header = ["STORE", "PATH", "VOLUMES", "VOLUME SIZE", "CAPACITY", "FREE", "HYDRATION LIMIT"];
+    let header = [
+        "STORE",
+        "PATH",
+        "DOMAIN",
+        "VOLUMES",
+        "VOLUME SIZE",
+        "CAPACITY",
+        "FREE",
+        "COMMITTED",
+        "GUEST WRITES",
+        "HYDRATION",
+        "HYDRATION LIMIT",
+        "STATE",
+    ];
     let mut table = Table::new(&header);
     for store in stores {
         let store: Store = fields_of(store)?;
         table.row([
             store.label,
             store.path,
+            store.domain,
             store.volumes.to_string(),
             format_size(store.volume_bytes),
             format_size(store.capacity_bytes),
             format_size(store.free_bytes),
+            format_size(store.committed_bytes),
+            format!("{}/s", format_size(store.guest_written_bytes_per_second)),
+            format!("{}/s", format_size(store.hydration_bytes_per_second)),
             store
                 .hydration_bytes_per_second_max
                 .map_or("unlimited".to_string(), |bytes| format!("{}/s", format_size(bytes))),
+            store.failure.map_or("ok".to_string(), |why| format!("failing: {why}")),
         ]);
     }
     table.print()

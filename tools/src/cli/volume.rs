@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use volley_server::placement::Overcommit;
 use volley_server::types::HydrationRate;
 
 use super::api::{Api, fields_of, segment};
@@ -85,9 +86,15 @@ pub struct CreateArgs {
     /// Background hydration: unlimited, none or bytes per second, e.g. 200MiB/s.
     #[arg(long)]
     rate: Option<HydrationRate>,
-    /// Label of the volume store; round robin without.
+    /// Label of the volume store; without, the server chooses one for each volume.
     #[arg(long)]
     store: Option<String>,
+    /// Spread the volumes over stores as their load allows, or evenly over failure domains.
+    #[arg(long, value_parser = ["store", "domain"])]
+    spread: Option<String>,
+    /// What may be promised for each free byte: unlimited or a number, instead of what the stores say.
+    #[arg(long, value_name = "RATIO")]
+    overcommit: Option<Overcommit>,
     /// Chunk size of a blank volume.
     #[arg(long, value_parser = parse_size)]
     chunk_size: Option<u64>,
@@ -143,7 +150,20 @@ pub fn run(globals: &Globals, command: VolumeCommand) -> CliResult {
 }
 
 fn create(api: &Api, globals: &Globals, args: CreateArgs) -> CliResult {
-    let CreateArgs { positional_name, name, snapshot, size, count, name_prefix, start, rate, store, chunk_size } = args;
+    let CreateArgs {
+        positional_name,
+        name,
+        snapshot,
+        size,
+        count,
+        name_prefix,
+        start,
+        rate,
+        store,
+        spread,
+        overcommit,
+        chunk_size,
+    } = args;
     let fields = [
         ("name", json!(name.or(positional_name))),
         ("name_prefix", json!(name_prefix)),
@@ -153,6 +173,8 @@ fn create(api: &Api, globals: &Globals, args: CreateArgs) -> CliResult {
         ("size_bytes", json!(size)),
         ("rate", json!(rate)),
         ("store", json!(store)),
+        ("spread", json!(spread)),
+        ("overcommit", json!(overcommit)),
         ("chunk_bytes", json!(chunk_size)),
     ];
     let given = fields.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_string(), value));
@@ -244,6 +266,7 @@ fn show(api: &Api, globals: &Globals, name: &str) -> CliResult {
         ("snapshot", text("snapshot")),
         ("chunk", size("chunk_bytes")),
         ("store", fields.store.clone()),
+        ("placement", text("placement")),
         ("batch", text("batch")),
         ("shard", text("shard")),
         ("attached", format!("{} (generation {})", yes_or_no(fields.attached), text("generation"))),

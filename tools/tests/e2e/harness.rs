@@ -122,7 +122,10 @@ impl Site {
     pub(crate) fn node_command(&self, options: &NodeOptions) -> Command {
         let data = options.data.clone().unwrap_or_else(|| self.data());
         let config = self.path("volley.toml");
-        let text = format!("hydration.default_rate = \"{}\"\n{}\n", options.default_rate, options.config);
+        let text = format!(
+            "hydration.default_rate = \"{}\"\nplacement.overcommit = \"unlimited\"\n{}\n",
+            options.default_rate, options.config
+        );
         std::fs::write(&config, text).expect("write the configuration");
         let mut args: Vec<String> = vec![volleyd().display().to_string()];
         args.extend(["--config".into(), config.display().to_string()]);

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::control::{Control, Settings};
+use crate::control::{Control, Measure, Settings, Space};
 use crate::datadir::Store;
 use crate::error::{Error, Result, Status};
 use crate::object_store::{ObjectError, ObjectMeta};
-use crate::shard::api::{CacheStatus, Command, Dropped, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
+use crate::placement::Overcommit;
+use crate::shard::api::{CacheStatus, Command, Dropped, ObjectOp, ObjectOpReply, ShardStats, StoreLoad, VolumeStatus};
 use crate::snapshot::{ChunkEntry, Manifest, SnapshotInfo, manifest_key};
 use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeSpec, batch_text};
@@ -34,6 +35,8 @@ struct World {
     volumes: Vec<BTreeMap<String, VolumeStatus>>,
     objects: Objects,
     fault: Option<Fault>,
+    /// Free GiB of stores that have not 100 TiB.
+    free_gib: BTreeMap<String, u64>,
 }
 
 #[derive(Default)]
@@ -79,6 +82,8 @@ impl Node {
             path: dir.path().to_path_buf(),
             id: 1,
             hydration_bandwidth: None,
+            domain: Arc::from(label),
+            overcommit: None,
         };
         let control = Control::new(Settings {
             node_id: NODE_ID,
@@ -86,6 +91,8 @@ impl Node {
             object_store: "file:/objects".to_string(),
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
+            overcommit: Overcommit::default(),
+            measure: measure(&shared),
             price_per_million_gets: 500_000,
             commands: commands.clone(),
             addresses: vec!["127.0.0.1:1".to_string(); shards],
@@ -153,6 +160,11 @@ impl Node {
 
     pub(super) fn put_object(&self, key: &str, data: &[u8]) {
         self.shared.world.lock().unwrap().objects.insert(key.to_string(), data.to_vec());
+    }
+
+    /// What is left of a store's 100 TiB; 0 makes its filesystem read-only too.
+    pub(super) fn free_gib(&self, label: &str, gib: u64) {
+        self.shared.world.lock().unwrap().free_gib.insert(label.to_string(), gib);
     }
 
     pub(super) fn fault(&self, fault: Fault) {
@@ -278,6 +290,7 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
             let _ = reply.send(waited);
         }
         Command::Stats { reply } => drop(reply.send(stats(volumes, shard))),
+        Command::StoreLoads { reply, .. } => drop(reply.send(["a", "b"].map(|label| load(volumes, label)).into())),
         Command::Ledger { reply } => drop(reply.send(ledger(shard))),
         Command::ShowCache { reply } => drop(reply.send(CacheStatus { shard, ..CacheStatus::default() })),
         Command::WarmCache { reply, .. } => drop(reply.send(Ok(()))),
@@ -288,6 +301,30 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         Command::UseBootSet { reply, .. } => drop(reply.send(Ok(()))),
         Command::TakeBoots { reply } => drop(reply.send(Vec::new())),
         Command::Objects { .. } | Command::Stop { .. } => unreachable!("handled by the caller"),
+    }
+}
+
+/// Every store is a filesystem of 100 TiB in which nothing was written.
+fn measure(shared: &Arc<Shared>) -> Measure {
+    let shared = shared.clone();
+    Arc::new(move |store| {
+        let free_gib = shared.world.lock().unwrap().free_gib.get(&*store.label).copied();
+        Ok(Space {
+            device: u64::from(store.label.as_bytes()[0]),
+            capacity_bytes: 100 << 40,
+            free_bytes: free_gib.unwrap_or(100 << 10) << 30,
+            read_only: free_gib == Some(0),
+            allocated_bytes: 0,
+        })
+    })
+}
+
+fn load(volumes: &BTreeMap<String, VolumeStatus>, label: &str) -> StoreLoad {
+    let of_store = || volumes.values().filter(|volume| volume.store == label);
+    StoreLoad {
+        volumes: of_store().count() as u64,
+        volume_bytes: of_store().map(|volume| volume.size_bytes).sum(),
+        ..StoreLoad::default()
     }
 }
 
