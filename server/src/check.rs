@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use futures::executor::block_on;
 use serde::Serialize;
 
+use crate::batch;
 use crate::bootstrap::{JOURNAL_DIR, RESERVE};
 use crate::datadir::{self, DataDirError, NodeIdentity, StoreIdentity};
 use crate::error::Error;
@@ -172,11 +173,17 @@ impl Checker<'_> {
                 self.find(Kind::Leftover, &path, "left by a write of node.toml that a crash cut short".into());
             } else if name != JOURNAL_DIR
                 && name != datadir::CACHE_DIR
+                && name != batch::BATCHES_DIR
                 && !known.contains(&name.as_str())
                 && !stores.contains(&path)
             {
                 self.find(Kind::Foreign, &path, "not a file of Volley".into());
             }
+        }
+        let dir = self.data.join(batch::BATCHES_DIR);
+        let batches = batch::read_all(self.data).map_err(|error| CheckError::Io { path: dir, error })?;
+        for (path, fault) in batches.faults {
+            self.find(Kind::BatchDamaged, &path, fault);
         }
         Ok(Some(identity))
     }

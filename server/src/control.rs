@@ -4,6 +4,7 @@
 //! don't notice when it stalls. What it decides itself is which volumes a request makes, in which stores, and which
 //! snapshots this node holds a reference on. `docs/http-api.md` documents the routes.
 
+mod batches;
 mod boot_sets;
 mod cache;
 mod create;
@@ -33,6 +34,7 @@ use crate::placement::Overcommit;
 use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
+use batches::Batches;
 use boot_sets::BootSets;
 use place::Reasons;
 pub use place::{Measure, Space, measure};
@@ -83,6 +85,7 @@ struct Inner {
     references: tokio::sync::Mutex<References>,
     upkeep_due: tokio::sync::Notify,
     boot_sets: tokio::sync::Mutex<BootSets>,
+    batches: Batches,
     http: Arc<http::Tally>,
 }
 
@@ -103,6 +106,7 @@ impl Control {
             addresses,
         } = settings;
         Control(Arc::new(Inner {
+            batches: Batches::load(&data),
             node_id,
             data,
             object_store,
@@ -134,6 +138,7 @@ impl Control {
             never = http::serve(listener, self.router(), self.0.http.clone()) => match never {},
             () = self.keep_references() => {}
             () = self.keep_boot_sets() => {}
+            () = self.keep_batches() => {}
             () = &mut stop => {}
         }
         Ok(())
@@ -173,8 +178,11 @@ impl Control {
             .route("/v1/cache/images/{name}", delete(cache::drop_image))
             .route("/v1/cache/images/{name}/warm", post(cache::warm))
             .route("/v1/cache/images/{name}/pin", delete(cache::unpin))
-            .route("/v1/batches", get(volumes::list_batches))
-            .route("/v1/batches/{id}", get(volumes::show_batch))
+            .route("/v1/batches", get(batches::list).post(batches::create))
+            .route("/v1/batches/{id}", get(batches::show))
+            .route("/v1/batches/{id}/events", get(batches::events))
+            .route("/v1/batches/{id}/cancel", post(batches::cancel))
+            .route("/v1/batches/{id}/retry", post(batches::retry))
             .fallback(Problem::unknown_route)
             .method_not_allowed_fallback(Problem::method_not_allowed)
             .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))

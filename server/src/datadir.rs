@@ -27,7 +27,7 @@ pub const VOLUMES_DIR: &str = "volumes";
 /// The disk cache lies here, inside of a data directory, unless it is configured elsewhere.
 pub const CACHE_DIR: &str = "cache";
 /// Layout of both files and of what lies beside them.
-const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 1;
 
 /// An open data directory. The lock is released when it is dropped or the process ends.
 #[derive(Debug)]
@@ -93,7 +93,7 @@ pub enum DataDirError {
     StoreSwapped { label: String, path: PathBuf },
 }
 
-type Result<T> = std::result::Result<T, DataDirError>;
+pub(crate) type Result<T> = std::result::Result<T, DataDirError>;
 
 /// `node.toml`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -270,7 +270,7 @@ fn lock(path: &Path) -> Result<File> {
 }
 
 /// Creates a directory with its parents, durably: every directory that got an entry is synced.
-fn create_dir(path: &Path) -> Result<()> {
+pub(crate) fn create_dir(path: &Path) -> Result<()> {
     create_dir_with(path, &mut |dir| File::open(dir)?.sync_all())
 }
 
@@ -319,12 +319,12 @@ fn refuse_occupied(path: &Path, own: &'static str, what: &'static str) -> Result
     }
 }
 
-fn temporary_of(path: &Path) -> PathBuf {
+pub(crate) fn temporary_of(path: &Path) -> PathBuf {
     path.with_extension("tmp")
 }
 
 /// The format is checked before anything else of the file is interpreted.
-fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     #[derive(Deserialize)]
     struct Version {
         format: u32,
@@ -346,7 +346,7 @@ fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 }
 
 /// Atomic and durable when it returns.
-fn write_file(path: &Path, value: &impl Serialize) -> Result<()> {
+pub(crate) fn write_file(path: &Path, value: &impl Serialize) -> Result<()> {
     let fail = |error| DataDirError::Io { what: "can't write", path: path.to_path_buf(), error };
     let text = toml::to_string(value).map_err(|e| fail(io::Error::other(e)))?;
     let temporary = temporary_of(path);

@@ -1,5 +1,6 @@
 //! The Volley storage server: everything of a node as a library. `volleyd` only wires it.
 
+pub mod batch;
 pub mod bootset;
 pub mod bootstrap;
 pub mod budget;

@@ -6,6 +6,7 @@
 mod ahead;
 pub mod api;
 mod attach;
+mod batch_totals;
 mod boots;
 mod caching;
 mod commands;

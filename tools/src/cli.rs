@@ -44,7 +44,7 @@ enum Command {
     /// Create, watch and delete volumes.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
-    /// Watch the volumes that one request created.
+    /// Create, watch and cancel many volumes at once.
     #[command(subcommand)]
     Batch(batch::BatchCommand),
     /// Show where volumes would go, and why, without creating any.

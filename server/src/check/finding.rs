@@ -22,6 +22,7 @@ pub enum Severity {
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     NodeLost,
+    BatchDamaged,
     JournalLost,
     JournalDamaged,
     StoreLost,
@@ -58,7 +59,7 @@ impl Kind {
             Kind::StoreUnknown | Kind::VolumeDuplicate | Kind::VolumeMisplaced => Severity::Damage,
             Kind::FileMissing | Kind::FileUnreadable | Kind::FileShort | Kind::FileAmbiguous => Severity::Damage,
             Kind::ChunkHole | Kind::ChunkDiffers | Kind::SnapshotLost => Severity::Damage,
-            Kind::FileLong | Kind::NoData | Kind::FileOrphaned => Severity::Warning,
+            Kind::FileLong | Kind::NoData | Kind::FileOrphaned | Kind::BatchDamaged => Severity::Warning,
             Kind::NotClosed | Kind::TornTail | Kind::FileUnsized | Kind::DeletionUnfinished => Severity::Note,
             Kind::CreationUnfinished | Kind::Leftover | Kind::Foreign => Severity::Note,
             Kind::CacheCorrupt | Kind::CacheStale | Kind::CacheUnusable => Severity::Note,
@@ -81,6 +82,9 @@ impl Kind {
             Kind::FileMissing => "restore the file from a backup, or delete the volume",
             Kind::FileUnreadable => "check the disk and the file's owner and mode",
             Kind::FileShort => "restore the file from a backup, or delete the volume",
+            Kind::BatchDamaged => {
+                "remove the file: its volumes are not affected, but a batch that was not complete stays so"
+            }
             Kind::FileLong => "find out who wrote to the file; what lies past the end is never read",
             Kind::FileAmbiguous => "move one of the two away before a start replaces the .raw by the .deleted",
             Kind::ChunkHole => "restore the file from a backup, or create the volume anew from its snapshot",

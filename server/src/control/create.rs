@@ -1,6 +1,7 @@
 //! `POST /v1/volumes`: one volume, or a batch of them, from a snapshot or blank. All of them are made, or none.
 #![allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,9 +12,10 @@ use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 use volley_protocol::name::check_name;
 
+use crate::batch::Common;
 use crate::datadir::random_bytes;
 use crate::error::{Result, Status};
-use crate::placement::{Batch, Overcommit, Spread};
+use crate::placement::{Batch, Overcommit, Plan, Spread};
 use crate::shard::api::Command;
 use crate::snapshot::{ChunkEntry, Manifest};
 use crate::types::{
@@ -26,6 +28,7 @@ use super::Control;
 use super::extract::Body;
 use super::place::refused;
 use super::problem::{Answer, Problem};
+use super::references::References;
 
 /// More volumes in one request would only make an answer nobody can handle.
 const COUNT_MAX: u64 = 100_000;
@@ -66,13 +69,12 @@ struct CreatedVolume {
     store: String,
 }
 
-/// What all volumes of a request have in common.
-struct Template {
-    snapshot: Option<SnapshotRef>,
-    size_bytes: u64,
-    chunk_bytes: u32,
-    /// Of the image.
-    data_bytes: u64,
+/// A request that fits. None of its volumes exists yet.
+pub(super) struct Admitted {
+    pub(super) names: Vec<String>,
+    pub(super) common: Common,
+    pub(super) batch: Batch,
+    pub(super) plan: Plan,
 }
 
 pub(super) async fn create(
@@ -87,34 +89,15 @@ pub(super) async fn create(
 
 impl Control {
     async fn create(&self, request: CreateRequest) -> Answer<Created> {
-        let names = names(&request)?;
-        self.check(&request)?;
         // Until the shards know the volumes, upkeep must not drop the reference.
         let mut references = self.0.references.lock().await;
-        let template = match &request.snapshot {
-            None => blank(&request)?,
-            Some(name) => {
-                let manifest = self.manifest(name).await?;
-                let template = from_snapshot(&request, &manifest)?;
-                if !references.holds(name) {
-                    references.hold(self, name).await?;
-                    self.check_still_there(name, manifest.id).await?;
-                }
-                self.prepare_boots(&manifest).await;
-                template
-            }
-        };
-        let batch = self.batch_of(&request, names.len() as u64, &template);
-        let plan = self.plan(&batch, template.snapshot.as_ref()).await?;
-        if let Some(problem) = refused(&plan, &batch) {
-            return Err(problem);
-        }
+        let Admitted { names, common, batch, plan } = self.admit(&request, &mut references).await?;
         let stores = plan.outcome.as_deref().unwrap_or_default();
-        let specs = self.specs(&request, names, stores, &template)?;
+        let specs = self.specs(names, stores, &common)?;
         let created = Created {
             batch: specs.first().and_then(|spec| spec.batch).map(batch_text).unwrap_or_default(),
             snapshot: request.snapshot.clone(),
-            size_bytes: template.size_bytes,
+            size_bytes: common.size_bytes,
             volumes: specs.iter().map(CreatedVolume::new).collect(),
         };
         self.send(specs).await?;
@@ -125,6 +108,36 @@ impl Control {
         let snapshot = request.snapshot.as_deref().unwrap_or("none");
         tracing::info!(batch = created.batch, volumes = created.volumes.len(), snapshot, "created");
         Ok(created)
+    }
+
+    /// Admits a request as a whole, or says why not. The snapshot is referenced when it is; as long as the caller keeps
+    /// `references`, nothing that was decided changes.
+    pub(super) async fn admit(&self, request: &CreateRequest, references: &mut References) -> Answer<Admitted> {
+        let names = names(request)?;
+        self.check(request)?;
+        self.0.batches.check_names(&names)?;
+        let common = self.common(request).await?;
+        if let (Some(name), Some(snapshot)) = (&request.snapshot, &common.snapshot) {
+            if !references.holds(name) {
+                references.hold(self, name).await?;
+                self.check_still_there(name, snapshot.id).await?;
+            }
+            self.prepare_boots(&self.manifest(name).await?).await;
+        }
+        let batch = batch_of(request, names.len() as u64, &common);
+        let plan = self.plan(&batch, common.snapshot.as_ref(), &BTreeMap::new()).await?;
+        match refused(&plan, &batch) {
+            Some(problem) => Err(problem),
+            None => Ok(Admitted { names, common, batch, plan }),
+        }
+    }
+
+    async fn common(&self, request: &CreateRequest) -> Answer<Common> {
+        let rate = request.rate.unwrap_or(self.0.default_rate);
+        match &request.snapshot {
+            None => blank(request, rate),
+            Some(name) => from_snapshot(request, &self.manifest(name).await?, rate),
+        }
     }
 
     /// After the reference was written: either this sees a deletion, or the deletion sees the reference.
@@ -139,28 +152,19 @@ impl Control {
         }
     }
 
-    fn specs(
-        &self,
-        request: &CreateRequest,
-        names: Vec<String>,
-        stores: &[u32],
-        template: &Template,
-    ) -> Answer<Vec<VolumeSpec>> {
-        let mut random = vec![0; (names.len() + 1) * 8];
-        random_bytes(&mut random)
-            .map_err(|e| Problem::new(Status::Internal, format!("no random numbers for volume ids: {e}")))?;
-        let mut random = random.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes));
+    fn specs(&self, names: Vec<String>, stores: &[u32], common: &Common) -> Answer<Vec<VolumeSpec>> {
+        let mut random = random_numbers(names.len() + 1)?.into_iter();
         let mut unique = || random.next().expect("one more than there are names");
         let batch = unique();
         let created_unix_ms = unix_ms();
         let spec = |(name, store): (String, &u32)| VolumeSpec {
             id: VolumeId::new(&name, unique()),
             name: Arc::from(name),
-            size_bytes: template.size_bytes,
-            chunk_bytes: template.chunk_bytes,
-            snapshot: template.snapshot.clone(),
+            size_bytes: common.size_bytes,
+            chunk_bytes: common.chunk_bytes,
+            snapshot: common.snapshot.clone(),
             store: self.0.stores[*store as usize].label.clone(),
-            rate: request.rate.unwrap_or(self.0.default_rate),
+            rate: common.rate,
             batch: Some(batch),
             created_unix_ms,
         };
@@ -171,27 +175,8 @@ impl Control {
     pub(super) async fn batch(&self, request: &CreateRequest) -> Answer<(Batch, Option<SnapshotRef>)> {
         let count = names(request)?.len() as u64;
         self.check(request)?;
-        let template = match &request.snapshot {
-            None => blank(request)?,
-            Some(name) => from_snapshot(request, &self.manifest(name).await?)?,
-        };
-        Ok((self.batch_of(request, count, &template), template.snapshot))
-    }
-
-    fn batch_of(&self, request: &CreateRequest, count: u64, template: &Template) -> Batch {
-        let rate = request.rate.unwrap_or(self.0.default_rate);
-        Batch {
-            count,
-            volume_bytes: template.size_bytes,
-            data_bytes: if rate == HydrationRate::None { 0 } else { template.data_bytes },
-            bandwidth: match rate {
-                HydrationRate::BytesPerSecond(bytes) if template.snapshot.is_some() => bytes,
-                _ => 0,
-            },
-            spread: request.spread,
-            store: request.store.as_deref().map(Arc::from),
-            overcommit: request.overcommit,
-        }
+        let common = self.common(request).await?;
+        Ok((batch_of(request, count, &common), common.snapshot))
     }
 
     /// Everything that can be said without the snapshot.
@@ -246,6 +231,29 @@ impl Control {
     }
 }
 
+/// What a request asks of placement.
+pub(super) fn batch_of(request: &CreateRequest, count: u64, common: &Common) -> Batch {
+    Batch {
+        count,
+        volume_bytes: common.size_bytes,
+        data_bytes: if common.rate == HydrationRate::None { 0 } else { common.data_bytes },
+        bandwidth: match common.rate {
+            HydrationRate::BytesPerSecond(bytes) if common.snapshot.is_some() => bytes,
+            _ => 0,
+        },
+        spread: request.spread,
+        store: request.store.as_deref().map(Arc::from),
+        overcommit: request.overcommit,
+    }
+}
+
+/// For ids.
+pub(super) fn random_numbers(count: usize) -> Answer<Vec<u64>> {
+    let mut random = vec![0; count * 8];
+    random_bytes(&mut random).map_err(|e| Problem::new(Status::Internal, format!("no random numbers for ids: {e}")))?;
+    Ok(random.as_chunks::<8>().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect())
+}
+
 /// The names of all volumes of the request, checked.
 fn names(request: &CreateRequest) -> Answer<Vec<String>> {
     let names = match (&request.name, &request.name_prefix) {
@@ -289,17 +297,13 @@ fn check_shape(request: &CreateRequest) -> Answer<()> {
     Ok(())
 }
 
-fn blank(request: &CreateRequest) -> Answer<Template> {
+fn blank(request: &CreateRequest, rate: HydrationRate) -> Answer<Common> {
     let size_bytes = request.size_bytes.ok_or_else(|| Problem::invalid("snapshot or size_bytes must be given"))?;
-    Ok(Template {
-        snapshot: None,
-        size_bytes,
-        chunk_bytes: request.chunk_bytes.unwrap_or(CHUNK_BYTES_DEFAULT),
-        data_bytes: 0,
-    })
+    let chunk_bytes = request.chunk_bytes.unwrap_or(CHUNK_BYTES_DEFAULT);
+    Ok(Common { snapshot: None, size_bytes, chunk_bytes, data_bytes: 0, rate })
 }
 
-fn from_snapshot(request: &CreateRequest, manifest: &Manifest) -> Answer<Template> {
+fn from_snapshot(request: &CreateRequest, manifest: &Manifest, rate: HydrationRate) -> Answer<Common> {
     let (image_bytes, chunk_bytes) = (manifest.size_bytes, manifest.chunk_bytes);
     let size_bytes = request.size_bytes.unwrap_or(image_bytes);
     if size_bytes < image_bytes {
@@ -313,7 +317,7 @@ fn from_snapshot(request: &CreateRequest, manifest: &Manifest) -> Answer<Templat
     let stored = (0..manifest.chunk_count()).filter(|chunk| manifest.chunk(*chunk) != ChunkEntry::Zero);
     let data_bytes = stored.map(|chunk| u64::from(manifest.chunk_len(chunk))).sum();
     let snapshot = SnapshotRef { name: Arc::from(manifest.name.as_str()), id: manifest.id };
-    Ok(Template { snapshot: Some(snapshot), size_bytes, chunk_bytes, data_bytes })
+    Ok(Common { snapshot: Some(snapshot), size_bytes, chunk_bytes, data_bytes, rate })
 }
 
 impl CreatedVolume {
@@ -322,7 +326,7 @@ impl CreatedVolume {
     }
 }
 
-fn unix_ms() -> u64 {
+pub(super) fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,7 +1,7 @@
 //! Placement with the stores as they are: measuring them, `POST /v1/place`, and remembering why volumes are where they are.
 #![allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -137,7 +137,7 @@ pub(super) async fn place(State(control): State<Control>, Body(request): Body<Pl
         ..CreateRequest::default()
     };
     let (batch, snapshot) = control.batch(&like).await?;
-    let plan = control.plan(&batch, snapshot.as_ref()).await?;
+    let plan = control.plan(&batch, snapshot.as_ref(), &BTreeMap::new()).await?;
     let limit = |room: u64| (room != u64::MAX).then_some(room);
     let stores = plan.verdicts.iter().map(|verdict| PlacedStore {
         label: verdict.label.to_string(),
@@ -198,9 +198,19 @@ impl Control {
         Ok(spaces.into_iter().enumerate().map(|(index, space)| Measured { load: sum(index), space }).collect())
     }
 
-    /// Decides; creates nothing.
-    pub(super) async fn plan(&self, batch: &Batch, snapshot: Option<&SnapshotRef>) -> Answer<Plan> {
-        let measured = self.measured(snapshot.map(|snapshot| snapshot.id)).await?;
+    /// Decides; creates nothing. Volumes of batches that are still being made count as made; stores that `failed` get
+    /// none.
+    pub(super) async fn plan(
+        &self,
+        batch: &Batch,
+        snapshot: Option<&SnapshotRef>,
+        failed: &BTreeMap<String, String>,
+    ) -> Answer<Plan> {
+        let mut measured = self.measured(snapshot.map(|snapshot| snapshot.id)).await?;
+        for (store, measured) in self.0.stores.iter().zip(&mut measured) {
+            self.0.batches.add_pending(&store.label, &mut measured.load);
+            measured.load.failure = measured.load.failure.take().or_else(|| failed.get(&*store.label).cloned());
+        }
         let mut devices: Vec<u64> = Vec::new();
         let mut filesystems = Vec::new();
         let mut states = Vec::with_capacity(measured.len());

@@ -69,6 +69,10 @@ impl Problem {
         Problem { http: StatusCode::METHOD_NOT_ALLOWED, code: "method_not_allowed", detail }
     }
 
+    pub(super) fn is(&self, status: Status) -> bool {
+        self.code == status.as_str()
+    }
+
     pub(super) fn detail(&self) -> &str {
         &self.detail
     }

@@ -67,7 +67,8 @@ impl References {
             self.list(control).await?;
         }
         let stats = control.0.shards.query_all(|reply| Command::Stats { reply }).await?;
-        let needed: BTreeSet<String> = stats.into_iter().flat_map(|stats| stats.snapshots_needed).collect();
+        let mut needed: BTreeSet<String> = stats.into_iter().flat_map(|stats| stats.snapshots_needed).collect();
+        needed.extend(control.0.batches.snapshots_needed());
         for missing in needed.difference(&self.held.clone()) {
             tracing::warn!(snapshot = missing, "reference was missing: writing it again");
             self.hold(control, missing).await?;

@@ -1,6 +1,7 @@
 //! The HTTP API against fake shards: threads that answer commands from a map of volumes.
 #![allow(clippy::disallowed_methods)] // Tests run outside of any shard.
 
+mod batches;
 mod fake;
 mod placement;
 
@@ -199,7 +200,7 @@ fn references_follow_the_volumes() {
 
 #[test]
 fn references_of_an_earlier_run_are_reconciled() {
-    let node = Node::start_with(1, |objects| {
+    let node = Node::start_with(1, |objects, _| {
         objects.insert(format!("refs/old/{:032x}", fake::NODE_ID), Vec::new());
         objects.insert(format!("refs/old/{:032x}", 1), Vec::new());
     });

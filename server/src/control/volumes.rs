@@ -1,6 +1,4 @@
-//! `/v1/volumes` and `/v1/batches`: what exists, how far its hydration is, deletion, and waiting.
-
-use std::collections::BTreeMap;
+//! `/v1/volumes`: what exists, how far its hydration is, deletion, and waiting.
 
 use axum::Json;
 use axum::extract::State;
@@ -59,34 +57,12 @@ pub(super) struct Change {
     rate: HydrationRate,
 }
 
-/// Progress of the volumes made by one request that still exist.
-#[derive(Serialize)]
-pub(super) struct Batch {
-    id: String,
-    snapshot: Option<String>,
-    created_unix_ms: u64,
-    volumes: u64,
-    volumes_hydrated: u64,
-    volumes_attached: u64,
-    size_bytes: u64,
-    resident_bytes: u64,
-    remaining_bytes: u64,
-    hydration_bytes_per_second: u64,
-    /// Until the last volume is hydrated; `null` if that is unknown for any of them.
-    eta_seconds: Option<f64>,
-}
-
 /// A volume, and why it is in its store.
 #[derive(Serialize)]
 pub(super) struct Shown {
     #[serde(flatten)]
     status: VolumeStatus,
     placement: String,
-}
-
-#[derive(Serialize)]
-pub(super) struct Batches {
-    batches: Vec<Batch>,
 }
 
 pub(super) async fn list(State(control): State<Control>, Params(params): Params<ListParams>) -> Answer<Json<Page>> {
@@ -114,6 +90,7 @@ pub(super) async fn delete(
     Segment(name): Segment,
     Params(DeleteParams { force }): Params<DeleteParams>,
 ) -> Answer<StatusCode> {
+    control.0.batches.check_deletion(&name)?;
     let shards = &control.0.shards;
     let owner = shards.owner_of(&name);
     let logged = name.clone();
@@ -153,19 +130,6 @@ pub(super) async fn wait(
     Ok(Json(status))
 }
 
-pub(super) async fn list_batches(State(control): State<Control>) -> Answer<Json<Batches>> {
-    let mut batches = batches(&control.all_volumes().await?);
-    batches.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
-    Ok(Json(Batches { batches }))
-}
-
-pub(super) async fn show_batch(State(control): State<Control>, Segment(id): Segment) -> Answer<Json<Batch>> {
-    let mut volumes = control.all_volumes().await?;
-    volumes.retain(|volume| volume.batch.as_deref() == Some(&id));
-    let batch = batches(&volumes).pop();
-    batch.map(Json).ok_or_else(|| Problem::not_found(format!("no volume of a batch {id:?} exists")))
-}
-
 impl Control {
     /// Every volume of the node by name.
     pub(super) async fn all_volumes(&self) -> Answer<Vec<VolumeStatus>> {
@@ -191,46 +155,5 @@ impl ListParams {
             && same(&self.store, Some(&volume.store))
             && self.hydrated.is_none_or(|hydrated| hydrated == volume.hydrated)
             && self.after.as_ref().is_none_or(|after| volume.name > *after)
-    }
-}
-
-fn batches(volumes: &[VolumeStatus]) -> Vec<Batch> {
-    let mut batches: BTreeMap<&str, Batch> = BTreeMap::new();
-    for volume in volumes {
-        if let Some(id) = &volume.batch {
-            batches.entry(id).or_insert_with(|| Batch::new(id, volume)).add(volume);
-        }
-    }
-    batches.into_values().collect()
-}
-
-impl Batch {
-    fn new(id: &str, volume: &VolumeStatus) -> Batch {
-        Batch {
-            id: id.to_string(),
-            snapshot: volume.snapshot.clone(),
-            created_unix_ms: volume.created_unix_ms,
-            volumes: 0,
-            volumes_hydrated: 0,
-            volumes_attached: 0,
-            size_bytes: 0,
-            resident_bytes: 0,
-            remaining_bytes: 0,
-            hydration_bytes_per_second: 0,
-            eta_seconds: Some(0.0),
-        }
-    }
-
-    fn add(&mut self, volume: &VolumeStatus) {
-        self.volumes += 1;
-        self.volumes_hydrated += u64::from(volume.hydrated);
-        self.volumes_attached += u64::from(volume.attached);
-        self.size_bytes += volume.size_bytes;
-        self.resident_bytes += volume.resident_bytes;
-        self.remaining_bytes += volume.remaining_bytes;
-        self.hydration_bytes_per_second += volume.hydration_bytes_per_second;
-        if !volume.hydrated {
-            self.eta_seconds = self.eta_seconds.zip(volume.eta_seconds).map(|(a, b)| a.max(b));
-        }
     }
 }

@@ -221,6 +221,15 @@ pub enum Command {
         snapshot: Option<u128>,
         reply: ReplyTo<Vec<StoreLoad>>,
     },
+    /// How far each batch is.
+    BatchTotals {
+        reply: ReplyTo<Vec<BatchTotals>>,
+    },
+    /// The first of these names that a volume has.
+    FirstTaken {
+        names: Vec<String>,
+        reply: ReplyTo<Option<String>>,
+    },
     /// What each image and batch caused on this shard.
     Ledger {
         reply: ReplyTo<Vec<(Origin, Totals)>>,
@@ -348,6 +357,98 @@ impl StoreLoad {
         self.image_bytes = self.image_bytes.max(other.image_bytes);
         self.failure = self.failure.or_else(|| other.failure.clone());
         self
+    }
+}
+
+/// A shard's part of a batch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BatchTotals {
+    pub batch: u64,
+    pub snapshot: Option<Arc<str>>,
+    pub created_unix_ms: u64,
+    pub volumes: u64,
+    pub volumes_attached: u64,
+    pub volumes_hydrated: u64,
+    /// Their store fails.
+    pub volumes_failed: u64,
+    /// The image has a boot set, and so many volumes have all of it.
+    pub has_boot_set: bool,
+    pub volumes_boot_set_resident: u64,
+    pub size_bytes: u64,
+    pub resident_bytes: u64,
+    pub stores: Vec<BatchOnStore>,
+    /// Of some volume.
+    pub last_error: Option<String>,
+}
+
+/// A shard's part of a batch on one volume store.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BatchOnStore {
+    pub label: Arc<str>,
+    pub volumes: u64,
+    pub remaining_bytes: u64,
+    /// Over the last seconds.
+    pub hydration_bytes_per_second: u64,
+    /// The rate of some volume is `none`.
+    pub paused: bool,
+}
+
+impl BatchTotals {
+    /// With another shard's part.
+    #[must_use]
+    pub fn and(mut self, other: &BatchTotals) -> BatchTotals {
+        self.batch = other.batch;
+        self.snapshot = self.snapshot.or_else(|| other.snapshot.clone());
+        self.created_unix_ms = other.created_unix_ms;
+        self.volumes += other.volumes;
+        self.volumes_attached += other.volumes_attached;
+        self.volumes_hydrated += other.volumes_hydrated;
+        self.volumes_failed += other.volumes_failed;
+        self.has_boot_set |= other.has_boot_set;
+        self.volumes_boot_set_resident += other.volumes_boot_set_resident;
+        self.size_bytes = self.size_bytes.saturating_add(other.size_bytes);
+        self.resident_bytes = self.resident_bytes.saturating_add(other.resident_bytes);
+        self.last_error = self.last_error.or_else(|| other.last_error.clone());
+        for part in &other.stores {
+            let Some(store) = self.stores.iter_mut().find(|store| store.label == part.label) else {
+                self.stores.push(part.clone());
+                continue;
+            };
+            store.volumes += part.volumes;
+            store.remaining_bytes = store.remaining_bytes.saturating_add(part.remaining_bytes);
+            store.hydration_bytes_per_second += part.hydration_bytes_per_second;
+            store.paused |= part.paused;
+        }
+        self
+    }
+
+    #[must_use]
+    pub fn remaining_bytes(&self) -> u64 {
+        self.stores.iter().map(|store| store.remaining_bytes).sum()
+    }
+
+    #[must_use]
+    pub fn hydration_bytes_per_second(&self) -> u64 {
+        self.stores.iter().map(|store| store.hydration_bytes_per_second).sum()
+    }
+
+    /// Seconds until the last volume is hydrated at the rates of the last seconds; `None` where nothing moves.
+    #[must_use]
+    pub fn eta_seconds(&self) -> Option<f64> {
+        self.stores.iter().map(BatchOnStore::eta_seconds).try_fold(0.0, |all: f64, store| Some(all.max(store?)))
+    }
+}
+
+impl BatchOnStore {
+    /// Like [`BatchTotals::eta_seconds`], of this store.
+    #[must_use]
+    pub fn eta_seconds(&self) -> Option<f64> {
+        match (self.remaining_bytes, self.hydration_bytes_per_second) {
+            (0, _) => Some(0.0),
+            (_, 0) => None,
+            _ if self.paused => None,
+            (remaining, rate) => Some(remaining as f64 / rate as f64),
+        }
     }
 }
 

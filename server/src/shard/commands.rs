@@ -47,6 +47,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.wait_hydrated(&name, Duration::from_millis(timeout_ms)).await));
             }
             Command::Stats { reply } => drop(reply.send(self.stats())),
+            Command::BatchTotals { reply } => drop(reply.send(self.batch_totals())),
+            Command::FirstTaken { names, reply } => {
+                let known = self.0.names.borrow();
+                drop(reply.send(names.into_iter().find(|name| known.contains_key(name.as_str()))));
+            }
             Command::StoreLoads { snapshot, reply } => drop(reply.send(self.store_loads(snapshot))),
             Command::Ledger { reply } => drop(reply.send(self.0.transfer.ledger().totals())),
             Command::ShowCache { reply } => drop(reply.send(self.cache_status())),

@@ -1,5 +1,6 @@
 //! The server's HTTP API as the command line uses it: addresses, JSON, and errors that say what to do.
 
+use std::io::{BufRead as _, BufReader};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -61,6 +62,38 @@ impl Api {
     /// See [`Api::get`].
     pub fn delete(&self, path: &str) -> CliResult<Value> {
         self.answer(self.agent.delete(self.url(path)).call())
+    }
+
+    /// Server-sent events: `take` gets the kind and data of each, until it returns something or the server ends them.
+    ///
+    /// # Errors
+    /// See [`Api::get`]; those of `take`.
+    pub fn events<T>(
+        &self,
+        path: &str,
+        mut take: impl FnMut(&str, &str) -> CliResult<Option<T>>,
+    ) -> CliResult<Option<T>> {
+        let sent = self.agent.get(self.url(path)).config().timeout_global(None).build().call();
+        let sent = sent.map_err(|e| self.unreachable(&e))?;
+        if !sent.status().is_success() {
+            return self.answer(Ok(sent)).map(|_| None);
+        }
+        let (mut event, mut data) = (String::new(), String::new());
+        for line in BufReader::new(sent.into_body().into_reader()).lines() {
+            let line = line.map_err(|e| self.unreachable(&ureq::Error::Io(e)))?;
+            match line.split_once(':') {
+                Some(("event", kind)) => kind.trim_start().clone_into(&mut event),
+                Some(("data", text)) => text.trim_start().clone_into(&mut data),
+                None if line.is_empty() => {
+                    if let Some(taken) = take(&event, &data)? {
+                        return Ok(Some(taken));
+                    }
+                    event.clear();
+                }
+                _ => {}
+            }
+        }
+        Ok(None)
     }
 
     fn url(&self, path: &str) -> String {

@@ -31,6 +31,11 @@ pub(crate) struct Disk {
 impl Disk {
     /// A file system of `size` bytes on a file; `None` where that can't be done, which was said.
     pub(crate) fn new(kind: FileSystem, size: u64) -> Option<Disk> {
+        Disk::with(kind, size, &[])
+    }
+
+    /// Likewise, made with more options.
+    pub(crate) fn with(kind: FileSystem, size: u64, options: &[&str]) -> Option<Disk> {
         let make: &[&str] = match kind {
             FileSystem::Ext4 => &["mkfs.ext4", "-q", "-F", "-m", "0"],
             FileSystem::Xfs => &["mkfs.xfs", "-q", "-f"],
@@ -39,7 +44,7 @@ impl Disk {
         let site = Site::new();
         let file = site.path("disk.img");
         std::fs::File::create(&file).expect("create").set_len(size).expect("size");
-        run_in(&site.path(""), make[0], &[&make[1..], &["disk.img"]].concat()).success();
+        run_in(&site.path(""), make[0], &[&make[1..], options, &["disk.img"]].concat()).success();
         let mount = site.path("mount");
         let line = format!("mount -o loop '{}' '{}'", file.display(), mount.display());
         Some(Disk::mount_by(site, mount, &line))

@@ -4,6 +4,7 @@
 //! sockets in temporary folders that go away with it, and processes that die with it.
 
 mod batch;
+mod batches;
 mod boot;
 mod bootset;
 mod crash;

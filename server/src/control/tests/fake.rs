@@ -1,6 +1,7 @@
 //! A node made of fake shards, served over a real socket.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -11,8 +12,11 @@ use crate::datadir::Store;
 use crate::error::{Error, Result, Status};
 use crate::object_store::{ObjectError, ObjectMeta};
 use crate::placement::Overcommit;
-use crate::shard::api::{CacheStatus, Command, Dropped, ObjectOp, ObjectOpReply, ShardStats, StoreLoad, VolumeStatus};
-use crate::snapshot::{ChunkEntry, Manifest, SnapshotInfo, manifest_key};
+use crate::shard::api::{
+    BatchOnStore, BatchTotals, CacheStatus, Command, Dropped, ObjectOp, ObjectOpReply, ShardStats, StoreLoad,
+    VolumeStatus,
+};
+use crate::snapshot::{ChunkEntry, Encoding, Manifest, SnapshotInfo, manifest_key, pack_key};
 use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeSpec, batch_text};
 
@@ -22,13 +26,21 @@ pub(super) const NODE_ID: u128 = 0xabc;
 pub(super) enum Fault {
     /// The last shard refuses every creation.
     StoreFull,
+    /// No volume can be made in the store of this label.
+    StoreFails(&'static str),
     /// Every object operation fails.
     ObjectStore,
     /// The manifest is deleted at the moment the reference is written.
     ManifestVanishesOnReference,
 }
 
-type Objects = BTreeMap<String, Vec<u8>>;
+impl Fault {
+    fn is_of(self, store: &str) -> bool {
+        matches!(self, Fault::StoreFails(label) if label == store)
+    }
+}
+
+pub(super) type Objects = BTreeMap<String, Vec<u8>>;
 
 #[derive(Default)]
 struct World {
@@ -57,16 +69,16 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) fn start(shards: usize) -> Node {
-        Node::start_with(shards, |_| ())
+        Node::start_with(shards, |_, _| ())
     }
 
-    pub(super) fn start_with(shards: usize, prepare: impl FnOnce(&mut Objects)) -> Node {
+    pub(super) fn start_with(shards: usize, prepare: impl FnOnce(&mut Objects, &Path)) -> Node {
         let dir = tempfile::tempdir().unwrap();
         let shared = Arc::new(Shared::default());
         {
             let mut world = shared.world.lock().unwrap();
             world.volumes = vec![BTreeMap::new(); shards];
-            prepare(&mut world.objects);
+            prepare(&mut world.objects, dir.path());
         }
         let mut threads = Vec::new();
         let commands: Vec<_> = (0..shards)
@@ -144,18 +156,18 @@ impl Node {
         (kind, response.body_mut().read_json().unwrap())
     }
 
+    /// An image of zeroes.
     pub(super) fn put_snapshot(&self, name: &str, size_bytes: u64) {
-        let chunks = size_bytes.div_ceil(u64::from(CHUNK_BYTES_DEFAULT)) as usize;
-        let info = SnapshotInfo {
-            id: 7,
-            name: name.to_string(),
-            size_bytes,
-            chunk_bytes: CHUNK_BYTES_DEFAULT,
-            parent: None,
-            created_unix_ms: 1,
+        self.put_object(&manifest_key(name), &manifest(name, size_bytes, |_| ChunkEntry::Zero).encode());
+    }
+
+    /// An image of which every chunk is stored, though nobody could read it.
+    pub(super) fn put_data_snapshot(&self, name: &str, size_bytes: u64) {
+        let stored = |chunk: u64| {
+            let (offset, encoding) = (32 + chunk * 4096, Encoding::Zstd);
+            ChunkEntry::Stored { pack: 0, offset, stored_len: 1000, encoding, digest: [chunk as u8; 32] }
         };
-        let manifest = Manifest::new(info, Vec::new(), &vec![ChunkEntry::Zero; chunks]).unwrap();
-        self.put_object(&manifest_key(name), &manifest.encode());
+        self.put_object(&manifest_key(name), &manifest(name, size_bytes, stored).encode());
     }
 
     pub(super) fn put_object(&self, key: &str, data: &[u8]) {
@@ -169,6 +181,10 @@ impl Node {
 
     pub(super) fn fault(&self, fault: Fault) {
         self.shared.world.lock().unwrap().fault = Some(fault);
+    }
+
+    pub(super) fn mend(&self) {
+        self.shared.world.lock().unwrap().fault = None;
     }
 
     pub(super) fn names(&self) -> Vec<String> {
@@ -229,6 +245,20 @@ impl Drop for Node {
     }
 }
 
+pub(super) fn manifest(name: &str, size_bytes: u64, entry: impl Fn(u64) -> ChunkEntry) -> Manifest {
+    let chunks: Vec<ChunkEntry> = (0..size_bytes.div_ceil(u64::from(CHUNK_BYTES_DEFAULT))).map(entry).collect();
+    let packs = if chunks.contains(&ChunkEntry::Zero) { Vec::new() } else { vec![pack_key(1, 0)] };
+    let info = SnapshotInfo {
+        id: 7,
+        name: name.to_string(),
+        size_bytes,
+        chunk_bytes: CHUNK_BYTES_DEFAULT,
+        parent: None,
+        created_unix_ms: 1,
+    };
+    Manifest::new(info, packs, &chunks).unwrap()
+}
+
 fn json_of(response: std::result::Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> (u16, Value) {
     let mut response = response.unwrap();
     let status = response.status().as_u16();
@@ -242,7 +272,11 @@ fn serve_shard(shared: &Shared, shard: usize, shards: usize, commands: &flume::R
     while let Ok(command) = commands.recv() {
         let mut world = shared.world.lock().unwrap();
         let full = world.fault == Some(Fault::StoreFull) && shard + 1 == shards;
+        let fails = |spec: &VolumeSpec| world.fault.is_some_and(|fault| fault.is_of(&spec.store));
         match command {
+            Command::CreateVolumes { reply, specs } if specs.iter().any(fails) => {
+                let _ = reply.send(Err(Error::new(Status::Io, "input/output error")));
+            }
             Command::Stop { reply } => {
                 let _ = reply.send(());
                 return;
@@ -290,6 +324,10 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
             let _ = reply.send(waited);
         }
         Command::Stats { reply } => drop(reply.send(stats(volumes, shard))),
+        Command::BatchTotals { reply } => drop(reply.send(totals(volumes))),
+        Command::FirstTaken { names, reply } => {
+            drop(reply.send(names.into_iter().find(|name| volumes.contains_key(name))));
+        }
         Command::StoreLoads { reply, .. } => drop(reply.send(["a", "b"].map(|label| load(volumes, label)).into())),
         Command::Ledger { reply } => drop(reply.send(ledger(shard))),
         Command::ShowCache { reply } => drop(reply.send(CacheStatus { shard, ..CacheStatus::default() })),
@@ -326,6 +364,38 @@ fn load(volumes: &BTreeMap<String, VolumeStatus>, label: &str) -> StoreLoad {
         volume_bytes: of_store().map(|volume| volume.size_bytes).sum(),
         ..StoreLoad::default()
     }
+}
+
+/// The boot set of every image is resident once the first half of a volume is.
+fn totals(volumes: &BTreeMap<String, VolumeStatus>) -> Vec<BatchTotals> {
+    let mut batches: BTreeMap<u64, BatchTotals> = BTreeMap::new();
+    for volume in volumes.values() {
+        let batch = u64::from_str_radix(volume.batch.as_deref().unwrap(), 16).unwrap();
+        let part = BatchTotals {
+            batch,
+            snapshot: volume.snapshot.as_deref().map(Arc::from),
+            created_unix_ms: volume.created_unix_ms,
+            volumes: 1,
+            volumes_attached: u64::from(volume.attached),
+            volumes_hydrated: u64::from(volume.hydrated),
+            volumes_failed: 0,
+            has_boot_set: volume.snapshot.is_some(),
+            volumes_boot_set_resident: u64::from(2 * volume.resident_bytes >= volume.size_bytes),
+            size_bytes: volume.size_bytes,
+            resident_bytes: volume.resident_bytes,
+            stores: vec![BatchOnStore {
+                label: Arc::from(volume.store.as_str()),
+                volumes: 1,
+                remaining_bytes: volume.remaining_bytes,
+                hydration_bytes_per_second: volume.hydration_bytes_per_second,
+                paused: false,
+            }],
+            last_error: None,
+        };
+        let sum = batches.remove(&batch).unwrap_or_default().and(&part);
+        batches.insert(batch, sum);
+    }
+    batches.into_values().collect()
 }
 
 /// Each shard fetched for one batch of a shared image, and for an image of its own.
