@@ -97,7 +97,7 @@ fn a_batch_is_predicted_hydrated_and_compared_and_another_is_cancelled_meanwhile
     let slow = id(&node.json(&site, &create("50", "slow-", &["--rate", "1MiB/s"])));
     let batch = id(&node.json(&site, &create("12", "vm-", &["--deadline", "60s"])));
     let predicted = &show(&node, &site, &batch)["predicted"];
-    assert!(predicted["hydrated_seconds"].as_f64().expect("seconds") > 12.0 * 16.0 / 200.0, "{predicted}");
+    assert!(predicted["hydrated_seconds"].as_f64().expect("seconds") > 0.5, "{predicted}");
     node.volley(&site, &["batch", "watch", &slow, "--until", "created"]).success();
     node.volley(&site, &["batch", "cancel", &slow]).success();
     let events = node.volley(&site, &["batch", "watch", &batch, "--json", "--timeout", "60s"]).success();
@@ -176,7 +176,7 @@ fn a_store_that_became_read_only_is_passed_over_and_its_batch_stalls_alone() {
     let batch = id(&node.json(&site, &create("20", "vm-", &[])));
     node.volley(&site, &["batch", "watch", &batch, "--until", "created", "--timeout", "60s"]).success();
     assert_eq!(files(&b), 20);
-    node.volley(&site, &create("20", "ro-", &["--store", "a"])).fails_naming(&["\"a\"", "read-only"]);
+    node.volley(&site, &create("20", "ro-", &["--store", "a"])).fails_naming(&["a (failing", "read-only"]);
     let listed = node.json(&site, &["batch", "list"]);
     assert_eq!(listed.as_array().expect("a list").len(), 1, "{listed}");
 }
