@@ -21,6 +21,7 @@ use crate::datadir::DataDir;
 use crate::error::{Error, Result, Status};
 use crate::journal::{self, FileReport, Recovered};
 use crate::limits::COMMANDS_DEPTH;
+use crate::metrics::space_of;
 use crate::object_store::ObjectStoreUrl;
 use crate::object_store::any::StoreChoice;
 use crate::object_store::s3::Environment;
@@ -86,6 +87,9 @@ impl NodeConfig {
             label: store.label.clone(),
             path: store.path.clone(),
             hydration_bandwidth: store.hydration_bandwidth,
+            // Where the filesystem can't be asked now, volumes get copies in this life.
+            base_bytes: space_of(&store.path).map_or(0, |space| space.total_bytes / 100)
+                * u64::from(store.base_percent),
         });
         Ok(NodeConfig {
             node_id: data.node_id,

@@ -62,6 +62,13 @@ impl TokenBucket {
             self.tokens_nanos -= i128::from(units) * NANOS as i128;
         }
     }
+
+    /// Returns what was charged and turned out not to be needed.
+    pub fn give_back(&mut self, units: u64, now: Time) {
+        self.refill(now);
+        let ceiling = i128::from(self.burst) * NANOS as i128;
+        self.tokens_nanos = (self.tokens_nanos + i128::from(units) * NANOS as i128).min(ceiling);
+    }
 }
 
 /// Seconds a [`RateMeter`] looks back.
@@ -126,6 +133,20 @@ mod tests {
                 let allowed = u128::from(rate) * u128::from(now) / 1_000_000_000 + u128::from(rate / 10 + 1 + largest);
                 prop_assert!(u128::from(taken) <= allowed, "{taken} > {allowed}");
             }
+        }
+
+        #[test]
+        fn what_is_given_back_is_as_if_never_charged(
+            rate in 1_u64..1_000_000, charged in 1_u64..10_000_000, kept in 0_u64..10_000_000
+        ) {
+            let [mut bucket, mut other] = [TokenBucket::new(Some(rate), Time(0)), TokenBucket::new(Some(rate), Time(0))];
+            bucket.charge(charged + kept, Time(0));
+            bucket.give_back(charged, Time(0));
+            other.charge(kept, Time(0));
+            prop_assert_eq!(bucket.wait(Time(0)), other.wait(Time(0)));
+            bucket.give_back(u64::MAX, Time(0));
+            let full = TokenBucket::new(Some(rate), Time(0)).tokens_nanos;
+            prop_assert!(bucket.tokens_nanos <= full, "no more than a burst");
         }
 
         #[test]

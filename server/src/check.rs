@@ -31,6 +31,7 @@ use crate::journal::{self, Inspection};
 use crate::object_store::ObjectError;
 use crate::object_store::any::StoreChoice;
 use crate::platform::blocking::Blocking;
+use crate::shard::BASE_DIR;
 use crate::types::VolumeState;
 use content::Snapshots;
 pub use finding::{Finding, Kind, Severity};
@@ -252,7 +253,21 @@ impl Checker<'_> {
             if Path::new(&name) == temporary {
                 let message = "left by a write of volley-store.toml that a crash cut short";
                 self.find(Kind::Leftover, &path.join(name), message.into());
+            } else if name == BASE_DIR {
+                self.base_names(&path.join(name))?;
             } else if name != known && name != datadir::VOLUMES_DIR && name != "lost+found" {
+                self.find(Kind::Foreign, &path.join(name), "not a file of Volley".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// What is in a base means nothing without the process that wrote it: only names are looked at.
+    fn base_names(&mut self, path: &Path) -> Result<(), CheckError> {
+        for name in files::names(path)? {
+            let ours =
+                |(stem, kind): (&str, &str)| stem.parse::<usize>().is_ok() && ["chunks", "probe"].contains(&kind);
+            if !name.split_once('.').is_some_and(ours) {
                 self.find(Kind::Foreign, &path.join(name), "not a file of Volley".into());
             }
         }

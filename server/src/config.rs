@@ -5,6 +5,7 @@
 
 mod cache;
 mod print;
+mod store;
 mod transfer;
 
 use std::collections::HashSet;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 pub use cache::{CACHE_RAM_BYTES_MIN, CacheConfig};
+pub use store::{BASE_PERCENT_DEFAULT, BASE_PERCENT_MAX, StoreConfig};
 pub use transfer::TransferConfig;
 
 use crate::cache::disk::DiskCacheConfig;
@@ -104,23 +106,6 @@ pub struct RetryConfig {
     pub backoff_max: Span,
     /// How often a chunk that fails its digest is fetched again.
     pub corrupt_attempts: u32,
-}
-
-/// A volume store: a directory that holds one file per volume.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StoreConfig {
-    pub label: String,
-    pub path: PathBuf,
-    /// Bytes per second that hydration may write to this store, so that guests are not disturbed.
-    #[serde(default)]
-    pub hydration_bandwidth: Bandwidth,
-    /// What fails together with it; its label unless given.
-    #[serde(default)]
-    pub domain: Option<String>,
-    /// `placement.overcommit` unless given.
-    #[serde(default)]
-    pub overcommit: Option<Overcommit>,
 }
 
 /// A budget in bytes per second; `None` is unlimited.
@@ -290,7 +275,7 @@ impl Config {
             self.trace_slow = Span(*trace_slow);
         }
         if !stores.is_empty() {
-            self.stores = stores.iter().map(|store| store_from_flag(store)).collect::<Result<_, _>>()?;
+            self.stores = stores.iter().map(|store| StoreConfig::from_flag(store)).collect::<Result<_, _>>()?;
         }
         Ok(())
     }
@@ -365,17 +350,10 @@ impl Config {
         let mut labels = HashSet::new();
         let mut paths = HashSet::new();
         for store in &self.stores {
-            let StoreConfig { label, path, domain, .. } = store;
-            volley_protocol::name::check_name(label).map_err(|e| ConfigError(format!("store label: {e}")))?;
-            if let Some(domain) = domain {
-                volley_protocol::name::check_name(domain)
-                    .map_err(|e| ConfigError(format!("store {label:?}: domain: {e}")))?;
-            }
+            store.check()?;
+            let StoreConfig { label, path, .. } = store;
             if !labels.insert(label) {
                 return Err(ConfigError(format!("store label {label:?} is given twice: labels name volume stores")));
-            }
-            if path.as_os_str().is_empty() {
-                return Err(ConfigError(format!("store {label:?}: its path must not be empty")));
             }
             if !paths.insert(path) {
                 return Err(ConfigError(format!("store path {} is given twice", path.display())));
@@ -397,26 +375,7 @@ impl Config {
         if !self.stores.is_empty() {
             return self.stores.clone();
         }
-        vec![StoreConfig {
-            label: DEFAULT_STORE_LABEL.to_string(),
-            path: self.data.join("store"),
-            hydration_bandwidth: Bandwidth(None),
-            domain: None,
-            overcommit: None,
-        }]
-    }
-}
-
-fn store_from_flag(text: &str) -> Result<StoreConfig, ConfigError> {
-    match text.split_once('=') {
-        Some((label, path)) if !label.is_empty() && !path.is_empty() => Ok(StoreConfig {
-            label: label.to_string(),
-            path: PathBuf::from(path),
-            hydration_bandwidth: Bandwidth(None),
-            domain: None,
-            overcommit: None,
-        }),
-        _ => Err(ConfigError(format!("--store {text:?}: write LABEL=PATH"))),
+        vec![StoreConfig::new(DEFAULT_STORE_LABEL, self.data.join("store"))]
     }
 }
 

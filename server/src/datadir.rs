@@ -53,6 +53,8 @@ pub struct Store {
     pub domain: Arc<str>,
     /// `None`: as the node says.
     pub overcommit: Option<Overcommit>,
+    /// What of the filesystem its base may take.
+    pub base_percent: u8,
 }
 
 /// Why a data directory can't be used: one line that says what to do.
@@ -208,6 +210,7 @@ fn open_store(node: &mut NodeFile, node_id: u128, data: &Path, config: &StoreCon
         hydration_bandwidth: config.hydration_bandwidth.0,
         domain: Arc::from(config.domain.as_ref().unwrap_or(&config.label).as_str()),
         overcommit: config.overcommit,
+        base_percent: config.base_percent,
     })
 }
 

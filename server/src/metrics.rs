@@ -15,7 +15,7 @@ use std::path::Path;
 use crate::datadir::Store;
 use crate::histogram::HistogramCounts;
 use crate::platform::SpaceInfo;
-use crate::shard::api::ShardStats;
+use crate::shard::api::{ShardStats, StoreSharing};
 
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -28,15 +28,17 @@ pub struct StoreGauges {
     pub label: String,
     pub capacity_bytes: u64,
     pub free_bytes: u64,
+    pub sharing: StoreSharing,
 }
 
 impl StoreGauges {
     /// `None`, with a log line, when the file system can't be asked: metrics of the rest still matter.
     #[must_use]
-    pub fn of(store: &Store) -> Option<StoreGauges> {
+    pub fn of(store: &Store, sharing: StoreSharing) -> Option<StoreGauges> {
         match space_of(&store.path) {
             Ok(SpaceInfo { total_bytes, free_bytes }) => {
-                Some(StoreGauges { label: store.label.to_string(), capacity_bytes: total_bytes, free_bytes })
+                let label = store.label.to_string();
+                Some(StoreGauges { label, capacity_bytes: total_bytes, free_bytes, sharing })
             }
             Err(error) => {
                 tracing::warn!(store = &*store.label, %error, "no space information");
@@ -75,6 +77,25 @@ fn statvfs(path: &Path) -> io::Result<libc::statvfs> {
     Ok(info)
 }
 
+type SharingMetric = (&'static str, &'static str, &'static str, fn(&StoreSharing) -> u64);
+
+/// What the volumes of a store share, by name, kind and help text.
+const SHARING: [SharingMetric; 9] = [
+    ("shares_extents", "gauge", "Whether volumes share chunks with the base of their store.", |s| {
+        u64::from(s.shares_extents)
+    }),
+    ("base_bytes", "gauge", "Bytes of chunks in the base of a volume store.", |s| s.base_bytes),
+    ("base_bytes_max", "gauge", "What the base of a volume store may hold.", |s| s.base_bytes_max),
+    ("base_written_bytes_total", "counter", "Bytes of chunks written into the base.", |s| s.base_written_bytes),
+    ("base_evicted_bytes_total", "counter", "Bytes of chunks that left the base.", |s| s.base_evicted_bytes),
+    ("clone_chunks_total", "counter", "Chunks that volumes got by sharing the base's.", |s| s.cloned_chunks),
+    ("clone_bytes_total", "counter", "Bytes that volumes share instead of having a copy.", |s| s.cloned_bytes),
+    ("clones_total", "counter", "Clones that this took: neighbours are cloned together.", |s| s.clones),
+    ("clone_failures_total", "counter", "Clones and writes of the base that failed; volumes got copies.", |s| {
+        s.clone_failures
+    }),
+];
+
 /// Encodes everything.
 #[must_use]
 pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], of_process: &[Metric], started_unix_ms: u64) -> String {
@@ -97,13 +118,16 @@ pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], of_process: &[Metric
     reported(&mut out, stats, "counter", |s| &s.counters);
     reported(&mut out, stats, "gauge", |s| &s.gauges);
     histograms(&mut out, stats);
-    let of_store = |value: fn(&StoreGauges) -> u64| {
-        stores.iter().map(move |s| (format!("store=\"{}\"", escape(&s.label)), value(s))).collect::<Vec<_>>()
+    let of_store = |value: &dyn Fn(&StoreGauges) -> u64| {
+        stores.iter().map(|s| (format!("store=\"{}\"", escape(&s.label)), value(s))).collect::<Vec<_>>()
     };
     let capacity = "Size of the file system of a volume store.";
-    family(&mut out, "volley_store_capacity_bytes", "gauge", capacity, of_store(|s| s.capacity_bytes));
+    family(&mut out, "volley_store_capacity_bytes", "gauge", capacity, of_store(&|s| s.capacity_bytes));
     let free = "Free bytes of the file system of a volume store.";
-    family(&mut out, "volley_store_free_bytes", "gauge", free, of_store(|s| s.free_bytes));
+    family(&mut out, "volley_store_free_bytes", "gauge", free, of_store(&|s| s.free_bytes));
+    for (name, kind, help, value) in SHARING {
+        family(&mut out, &format!("volley_store_{name}"), kind, help, of_store(&|s| value(&s.sharing)));
+    }
     for (name, kind, help, value) in of_process {
         plain(&mut out, &format!("volley_{name}"), kind, help, value);
     }
@@ -248,7 +272,12 @@ mod tests {
 
     #[test]
     fn one_family_covers_all_shards() {
-        let store = StoreGauges { label: "a\"b".to_string(), capacity_bytes: 10, free_bytes: 5 };
+        let store = StoreGauges {
+            label: "a\"b".to_string(),
+            capacity_bytes: 10,
+            free_bytes: 5,
+            sharing: StoreSharing::default(),
+        };
         let text = encode(&[stats(0, 17), stats(1, 4)], &[store], &[], 1_500);
         let family = "# HELP volley_guest_reads_total Reads of guests.\n# TYPE volley_guest_reads_total counter\n\
                       volley_guest_reads_total{shard=\"0\"} 17\nvolley_guest_reads_total{shard=\"1\"} 4\n";

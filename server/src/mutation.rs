@@ -77,10 +77,14 @@ pub enum Mutation {
     SlotNotVerified,
     /// A slot of the disk cache is served as the chunk it says it holds, whichever was asked for.
     SlotOfAnotherChunk,
+    /// Volumes clone from the base what is not written there yet.
+    PlaceBeforeItsBytes,
+    /// A place in the base is punched while a volume is about to clone from it.
+    LentPlacePunched,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 35] = {
+    pub const ALL: [Mutation; 37] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -118,6 +122,8 @@ impl Mutation {
             SuperblockNotSynced,
             SlotNotVerified,
             SlotOfAnotherChunk,
+            PlaceBeforeItsBytes,
+            LentPlacePunched,
         ]
     };
 }

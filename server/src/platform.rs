@@ -116,7 +116,18 @@ pub trait File: Clone + 'static {
         data: Arc<AlignedBytes>,
         range: Range<usize>,
     ) -> impl Future<Output = io::Result<()>>;
-    /// Makes every completed write, deallocation and length change durable.
+    /// Makes `len` bytes at `offset` those of `source` at `source_offset` (all three multiples of 4096, both ranges inside
+    /// their files): the two share them on the disk until one is written. `Unsupported` where the filesystem can't. What
+    /// `source` holds there was written before the call. A later [`File::datasync`] of this file makes the bytes durable
+    /// in it, whether or not `source` is ever synced.
+    fn clone_range(
+        &self,
+        offset: u64,
+        source: &Self,
+        source_offset: u64,
+        len: u64,
+    ) -> impl Future<Output = io::Result<()>>;
+    /// Makes every completed write, clone, deallocation and length change durable.
     fn datasync(&self) -> impl Future<Output = io::Result<()>>;
     /// Punches a hole: the range (multiples of 4096) reads as zeroes.
     fn deallocate(&self, offset: u64, len: u64) -> impl Future<Output = io::Result<()>>;

@@ -6,6 +6,7 @@
 mod ahead;
 pub mod api;
 mod attach;
+mod base;
 mod batch_totals;
 mod boots;
 mod caching;
@@ -49,6 +50,8 @@ use crate::transfer::{QueueLimits, RetryPolicy, Transfer};
 use crate::types::{VolumeId, VolumeState};
 use api::{Command, ConnectionId, Handler, Reply, Request, ShardMap};
 use attach::attach_info;
+pub use base::BASE_DIR;
+use base::Base;
 use datapath::Claim;
 use hydrate::Store;
 use manifests::Manifests;
@@ -71,6 +74,8 @@ pub struct StoreConfig {
     pub path: PathBuf,
     /// Fixed hydration share of the whole node, in bytes per second; `None`: unlimited. Divided among the shards.
     pub hydration_bandwidth: Option<u64>,
+    /// What the whole node's base may hold, if the filesystem can share extents; 0: none. Divided among the shards.
+    pub base_bytes: u64,
 }
 
 /// What a shard is told at its start.
@@ -113,6 +118,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     stages: Rc<StageTimes>,
     connections: Rc<Connections>,
     stores: Vec<Store>,
+    /// One for each store.
+    bases: Vec<Base<P>>,
     volumes: RefCell<BTreeMap<VolumeId, Rc<Volume<P>>>>,
     names: RefCell<BTreeMap<Arc<str>, VolumeId>>,
     /// Volumes whose creation is in the journal's buffer: checkpoints must contain them, guests don't see them yet.
@@ -175,8 +182,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let share = store.hydration_bandwidth.map(|bytes| (bytes / shares).max(1));
             Store::new(store.label.clone(), store.path.join("volumes"), TokenBucket::new(share, now))
         });
+        let bases = config.stores.iter().map(|store| {
+            let bytes = if config.fetch_limits.share { store.base_bytes / shares } else { 0 };
+            Base::new(&platform, &store.path, config.shard, bytes)
+        });
         let shard = Shard(Rc::new(Inner {
             stores: stores.collect(),
+            bases: bases.collect(),
             platform,
             objects,
             config,
@@ -202,6 +214,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             drained: Signal::default(),
         }));
         shard.restore(volumes).await?;
+        shard.open_bases().await;
         shard.open_disk_cache().await;
         shard.spawn_tasks(commands);
         Ok(shard)
@@ -275,6 +288,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         while let Ok(message) = inbox.recv_async().await {
             match message {
                 MeshMessage::Fetch { wanted, class, wave } => self.0.transfer.fetch(wanted, class, wave),
+                MeshMessage::Supply { store, orders, want, class, wave } => {
+                    self.supply(store, orders, want, class, wave);
+                }
+                MeshMessage::Lend { store, digests, reply } => self.lend(store, &digests, &reply),
                 MeshMessage::ConnectionLost { volume, from } => self.drop_attachment(volume, from),
                 MeshMessage::Request { request, from, reply } => {
                     let shard = self.clone();

@@ -145,6 +145,14 @@ pub struct Fetched {
     pub story: Story,
 }
 
+impl Fetched {
+    /// A chunk that somebody has already.
+    #[must_use]
+    pub fn from_ram(data: ChunkData) -> Fetched {
+        Fetched { data, story: Story::RAM }
+    }
+}
+
 pub type FetchReply = flume::Sender<Result<Fetched>>;
 
 struct Inner<P: Platform, O: ObjectStore> {

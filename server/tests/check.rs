@@ -77,6 +77,7 @@ impl Lab {
             hydration_bandwidth: Bandwidth(None),
             domain: None,
             overcommit: None,
+            base_percent: 0,
         }
     }
 
@@ -323,7 +324,15 @@ fn a_torn_tail_and_what_else_a_crash_leaves_are_notes() {
         lab.dir.path().join("main/volley-store.tmp"),
     ];
     leftovers.iter().for_each(|path| fs::write(path, b"x").expect("write"));
-    let foreign = [lab.data().join("notes"), lab.data().join("journal/x.vj"), lab.volumes_dir().join("cat.jpg")];
+    let base = lab.volumes_dir().with_file_name("base");
+    fs::create_dir(&base).expect("mkdir");
+    fs::write(base.join("0.chunks"), b"whatever an earlier life left").expect("write");
+    let foreign = [
+        lab.data().join("notes"),
+        lab.data().join("journal/x.vj"),
+        lab.volumes_dir().join("cat.jpg"),
+        base.join("x.chunks"),
+    ];
     foreign.iter().for_each(|path| fs::write(path, b"x").expect("write"));
     let unsized_file = lab.path("fresh");
     File::create(&unsized_file).expect("truncate");

@@ -138,6 +138,60 @@ fn synced_write_survives_every_crash() {
 }
 
 #[test]
+fn an_unsynced_clone_is_torn_at_blocks_and_a_synced_one_needs_no_sync_of_its_source() {
+    let (mut torn, mut whole) = (0, 0);
+    for seed in 0..SEEDS {
+        let world = world_with_file(seed);
+        world.share_extents(true);
+        let sim = world.platform();
+        let synced = seed % 2 == 0;
+        world.block_on(async {
+            let source = sim.open(Path::new("/d/s"), OpenMode::CreateNew).await.unwrap();
+            source.write_at(0, vec![2; 65536]).await.unwrap();
+            let file = sim.open(Path::new("/d/f"), OpenMode::ReadWrite).await.unwrap();
+            file.set_len(65536).await.unwrap();
+            file.datasync().await.unwrap();
+            file.clone_range(8192, &source, 4096, 57344).await.unwrap();
+            assert_eq!(file.read_at(8192, 57344).await.unwrap(), vec![2; 57344]);
+            // Independent of its source from then on.
+            source.write_at(4096, vec![3; 4096]).await.unwrap();
+            assert_eq!(file.read_at(8192, 4096).await.unwrap(), vec![2; 4096]);
+            if synced {
+                file.datasync().await.unwrap();
+            }
+        });
+        world.crash();
+        let bytes = world.file_bytes(Path::new("/d/f")).unwrap();
+        let blocks: Vec<bool> = bytes[8192..].chunks(4096).map(|block| block == [2; 4096]).collect();
+        let intact = bytes[8192..].chunks(4096).all(|b| b == [2; 4096] || b == [1; 4096] || b == [0; 4096]);
+        assert!(intact, "seed {seed}: a block is torn");
+        match blocks.iter().all(|cloned| *cloned) {
+            true => whole += 1,
+            false => torn += 1,
+        }
+        assert!(!synced || blocks.iter().all(|cloned| *cloned), "seed {seed}: a synced clone is gone");
+    }
+    assert!(whole > SEEDS / 2 && torn > 0, "whole {whole}, torn {torn}");
+}
+
+#[test]
+fn a_clone_is_refused_where_extents_are_not_shared_and_past_the_end_of_either_file() {
+    let world = world_with_file(1);
+    let sim = world.platform();
+    world.block_on(async {
+        let file = sim.open(Path::new("/d/f"), OpenMode::ReadWrite).await.unwrap();
+        let len = file.len().await.unwrap();
+        let refused = async |to, from, len| file.clone_range(to, &file, from, len).await.map_err(|e| e.kind());
+        assert_eq!(refused(0, 0, 4096).await, Err(std::io::ErrorKind::Unsupported));
+        world.share_extents(true);
+        assert_eq!(refused(len, 0, 4096).await, Err(std::io::ErrorKind::InvalidInput));
+        assert_eq!(refused(0, len, 4096).await, Err(std::io::ErrorKind::InvalidInput));
+        world.fail_disk_nth("/d/f", DiskOp::Write, 1);
+        assert!(refused(0, 0, 4096).await.is_err());
+    });
+}
+
+#[test]
 fn write_in_flight_at_a_sync_is_not_covered_by_it() {
     let lost = (0..SEEDS).any(|seed| {
         let world = world_with_file(seed);

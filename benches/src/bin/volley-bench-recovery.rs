@@ -90,6 +90,7 @@ impl Node<'_> {
             hydration_bandwidth: Bandwidth(None),
             domain: None,
             overcommit: None,
+            base_percent: 0,
         }];
         drop(DataDir::open(&node.data, &stores).map_err(|e| e.to_string())?);
         for number in 0..count {

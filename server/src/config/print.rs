@@ -216,7 +216,8 @@ const STORES_COMMENT: &str = "
 # Volume stores: directories that hold one file per volume; new volumes go where most is left. A label must stay
 # with its directory. Without any, there is one store \"default\" at <data>/store. hydration_bandwidth is what
 # hydration may write to the store, so that guests are not disturbed. Stores of one domain fail together (its label
-# unless given); --spread domain deals a batch over the domains. overcommit as in [placement].
+# unless given); --spread domain deals a batch over the domains. overcommit as in [placement]. Where the filesystem can
+# share extents (XFS, btrfs), volumes share chunks with a base of at most base_percent of it; 0: each has its own copy.
 ";
 
 const STORE_EXAMPLE: &str = "# [[store]]
@@ -225,10 +226,11 @@ const STORE_EXAMPLE: &str = "# [[store]]
 # hydration_bandwidth = \"unlimited\"
 # domain = \"rack-1\"
 # overcommit = \"1\"
+# base_percent = 20
 ";
 
 fn push_store(out: &mut String, store: &StoreConfig) {
-    let StoreConfig { label, path, hydration_bandwidth, domain, overcommit } = store;
+    let StoreConfig { label, path, hydration_bandwidth, domain, overcommit, base_percent } = store;
     let (label, path) = (text(label), text(&path.to_string_lossy()));
     let _ = writeln!(out, "[[store]]\nlabel = {label}\npath = {path}\nhydration_bandwidth = \"{hydration_bandwidth}\"");
     if let Some(domain) = domain {
@@ -237,7 +239,7 @@ fn push_store(out: &mut String, store: &StoreConfig) {
     if let Some(overcommit) = overcommit {
         let _ = writeln!(out, "overcommit = \"{overcommit}\"");
     }
-    out.push('\n');
+    let _ = writeln!(out, "base_percent = {base_percent}\n");
 }
 
 /// A TOML string, quoted and escaped.

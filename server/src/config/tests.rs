@@ -27,6 +27,7 @@ fn printing_covers_every_key() {
         hydration_bandwidth: Bandwidth(Some(300 << 20)),
         domain: Some("rack-1".to_string()),
         overcommit: Some(Overcommit::Unlimited),
+        base_percent: 33,
     };
     let config = Config {
         data: PathBuf::from("/x/y"),

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::datadir::Store;
 use crate::metrics::{self, StoreGauges};
 use crate::placement::Overcommit;
-use crate::shard::api::{Command, ShardStats};
+use crate::shard::api::{Command, ShardStats, StoreSharing};
 
 use super::Control;
 use super::extract::Segment;
@@ -75,6 +75,9 @@ pub(super) struct StoreStatus {
     guest_written_bytes_per_second: u64,
     /// Why it takes no volumes.
     failure: Option<String>,
+    /// Whether the filesystem can share extents and is used so; what the volumes of this process's life share.
+    #[serde(flatten)]
+    sharing: StoreSharing,
 }
 
 pub(super) async fn health(State(control): State<Control>) -> Answer<&'static str> {
@@ -113,7 +116,9 @@ pub(super) async fn show_store(State(control): State<Control>, Segment(label): S
 
 pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoResponse> {
     let stats = control.stats().await?;
-    let stores: Vec<StoreGauges> = control.0.stores.iter().filter_map(StoreGauges::of).collect();
+    let sharing = sharing(&stats, control.0.stores.len());
+    let stores = control.0.stores.iter().zip(sharing);
+    let stores: Vec<StoreGauges> = stores.filter_map(|(store, sharing)| StoreGauges::of(store, sharing)).collect();
     let of_process =
         [control.0.http.metrics().to_vec(), control.ledger_metrics().await?, control.boot_set_metrics().await].concat();
     let text = metrics::encode(&stats, &stores, &of_process, control.started_unix_ms());
@@ -132,10 +137,12 @@ impl Control {
 
     async fn store_status(&self) -> Answer<Vec<StoreStatus>> {
         let measured = self.measured(None).await?;
-        Ok(self.0.stores.iter().zip(measured).map(|(store, measured)| self.one_store(store, &measured)).collect())
+        let sharing = sharing(&self.stats().await?, self.0.stores.len());
+        let stores = self.0.stores.iter().zip(measured).zip(sharing);
+        Ok(stores.map(|((store, measured), sharing)| self.one_store(store, &measured, sharing)).collect())
     }
 
-    fn one_store(&self, store: &Store, measured: &Measured) -> StoreStatus {
+    fn one_store(&self, store: &Store, measured: &Measured, sharing: StoreSharing) -> StoreStatus {
         let space = measured.space.as_ref().ok();
         let load = &measured.load;
         StoreStatus {
@@ -148,15 +155,30 @@ impl Control {
             capacity_bytes: space.map_or(0, |space| space.capacity_bytes),
             free_bytes: space.map_or(0, |space| space.free_bytes),
             volume_bytes: load.volume_bytes,
-            committed_bytes: load.volume_bytes.saturating_sub(space.map_or(0, |space| space.allocated_bytes)),
+            // Files that share extents seem to occupy more than there is.
+            committed_bytes: load.volume_bytes.saturating_sub(
+                space.map_or(0, |space| {
+                    space.allocated_bytes.min(space.capacity_bytes.saturating_sub(space.free_bytes))
+                }),
+            ),
             hydration_bytes_per_second_max: store.hydration_bandwidth,
             hydration_bytes_per_second: load.hydrated_bytes_per_second,
             hydration_promised_bytes_per_second: load.promised_bytes_per_second,
             remaining_bytes: load.backlog_bytes,
             guest_written_bytes_per_second: load.guest_written_bytes_per_second,
             failure: measured.failure(),
+            sharing,
         }
     }
+}
+
+/// What all shards together share in each store.
+fn sharing(stats: &[ShardStats], stores: usize) -> Vec<StoreSharing> {
+    let mut sums = vec![StoreSharing::default(); stores];
+    for shard in stats {
+        sums.iter_mut().zip(&shard.sharing).for_each(|(sum, part)| *sum += *part);
+    }
+    sums
 }
 
 impl Shard {

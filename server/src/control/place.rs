@@ -245,7 +245,7 @@ impl Control {
             promised_bandwidth: load.promised_bytes_per_second,
             backlog_bytes: load.backlog_bytes,
             guest_write_bandwidth: load.guest_written_bytes_per_second,
-            shares_extents: false,
+            shares_extents: load.shares_extents,
             image_bytes: load.image_bytes,
             failure: measured.failure(),
         }

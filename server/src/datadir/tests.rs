@@ -11,6 +11,7 @@ fn store(label: &str, path: PathBuf) -> StoreConfig {
         hydration_bandwidth: Bandwidth(Some(7)),
         domain: None,
         overcommit: None,
+        base_percent: 20,
     }
 }
 

@@ -158,6 +158,35 @@ pub(super) fn stored(file: &impl AsRawFd, range: Range<u64>, max: usize) -> io::
     Ok(parts)
 }
 
+/// Has `file` share a part of `source`; `Unsupported` where their filesystem can't, or not at these offsets.
+pub(super) fn clone_range(
+    file: &impl AsRawFd,
+    offset: u64,
+    source: &impl AsRawFd,
+    source_offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    if len == 0 {
+        // The system call would take it for "up to the end".
+        return Ok(());
+    }
+    let range = libc::file_clone_range {
+        src_fd: source.as_raw_fd().into(),
+        src_offset: source_offset,
+        src_length: len,
+        dest_offset: offset,
+    };
+    // SAFETY: both descriptors are open as long as the files are borrowed, and `range` outlives the call, which reads it.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::FICLONERANGE, &raw const range) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    Err(match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP | libc::ENOTTY) => io::Error::new(io::ErrorKind::Unsupported, error),
+        _ => error,
+    })
+}
+
 /// Where data or a hole begins from `at` on; `None` if nowhere.
 fn seek(file: &impl AsRawFd, at: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
     let at = i64::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -197,6 +226,10 @@ impl File for BlockingFile {
 
     async fn write_shared_at(&self, offset: u64, data: Arc<AlignedBytes>, range: Range<usize>) -> io::Result<()> {
         self.write_at(offset, data[range].to_vec()).await
+    }
+
+    async fn clone_range(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> io::Result<()> {
+        clone_range(&self.0, offset, &source.0, source_offset, len)
     }
 
     async fn datasync(&self) -> io::Result<()> {
@@ -259,6 +292,11 @@ mod tests {
             file.write_at(20480, vec![7; 4096]).await.unwrap();
             assert_eq!(stored(0..1 << 20, 9).await, [(4096, 8192), (20480, 24576)]);
             assert_eq!(stored(0..1 << 20, 1).await, [(4096, 8192)]);
+            // A clone, or a refusal that says what it is.
+            match file.clone_range(12288, &file, 4096, 4096).await {
+                Ok(()) => assert_eq!(file.read_at(12288, 4096).await.unwrap(), [7; 4096]),
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::Unsupported, "{error}"),
+            }
             file.set_len(5000).await.unwrap();
             assert_eq!(file.len().await.unwrap(), 5000);
             file.close().await.unwrap();

@@ -5,6 +5,7 @@
 //! do blocking (directories, links, `statvfs`) runs on glommio's helper threads, never on the reactor.
 #![allow(clippy::disallowed_methods)] // This is the seam: the one place that may touch std time, files and glommio.
 
+mod clones;
 mod file;
 mod http;
 mod net;
@@ -60,6 +61,7 @@ impl Glommio {
         let serve = executor.create_task_queue(Shares::Static(SERVE_SHARES), Latency::Matters(SERVE_LATENCY), "serve");
         let background =
             executor.create_task_queue(Shares::Static(BACKGROUND_SHARES), Latency::NotImportant, "background");
+        clones::send_by(serve);
         let random_state = Cell::new(kernel_random_u64()?);
         Ok(Glommio { inner: Rc::new(Inner { serve, background, random_state }) })
     }

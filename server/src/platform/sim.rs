@@ -223,6 +223,11 @@ impl SimWorld {
         self.core.disk.borrow_mut().set_capacity(bytes);
     }
 
+    /// Whether files may share blocks from now on; at first they may not.
+    pub fn share_extents(&self, can: bool) {
+        self.core.disk.borrow_mut().shares_extents = can;
+    }
+
     #[must_use]
     pub fn disk_free_bytes(&self) -> u64 {
         self.core.disk.borrow().space().free_bytes

@@ -4,16 +4,16 @@
 use std::ops::RangeInclusive;
 use std::rc::Rc;
 
-use futures::stream::{self, StreamExt};
+use futures::stream::StreamExt;
 
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
-use crate::shard::datapath::Answer;
-use crate::shard::fill_turns::FillTurn;
+use crate::shard::base::Want;
+use crate::shard::fills::{Arrived, Fill, gathered};
 use crate::shard::hydrate::{RUN_FILLS_MAX, stretch_of};
 use crate::shard::volume::{Volume, is_zero};
-use crate::transfer::{ChunkSource, FetchClass};
+use crate::transfer::FetchClass;
 
 /// Chunks that are on their way ahead of their readers take at most this part of a shard's RAM cache.
 const CACHE_PART: u64 = 4;
@@ -55,14 +55,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         self.0.ahead_bytes.set(bytes);
         hydration.running.extend(&own);
-        let sources = absent.iter().filter_map(|chunk| ChunkSource::of(&manifest, *chunk, &volume.account.origin));
-        let sources: Vec<ChunkSource> = sources.collect();
+        let orders = self.orders(volume, &manifest, &absent, None);
         let (shard, volume) = (self.clone(), volume.clone());
         self.0.platform.spawn(Queue::Serve, async move {
-            let answers = shard.request(sources, FetchClass::ReadAhead);
+            let answers = shard.supplies(&volume, orders, Want::Place, FetchClass::ReadAhead);
             let own = absent.into_iter().zip(answers).filter(|(chunk, _)| own.contains(chunk));
-            let fills = own.map(|(chunk, answer)| shard.fill_ahead(&volume, chunk, answer));
-            stream::iter(fills).buffered(RUN_FILLS_MAX).for_each(async |()| ()).await;
+            let fills = gathered(own, volume.spec.chunk_bytes).map(|fill| shard.fill_ahead(&volume, fill));
+            fills.buffered(RUN_FILLS_MAX).for_each(async |()| ()).await;
         });
     }
 
@@ -71,23 +70,27 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.config.cache_bytes as u64 / CACHE_PART
     }
 
-    /// Fills a chunk under the store's share, or owes it. The hydrator leaves it alone until then.
-    async fn fill_ahead(&self, volume: &Rc<Volume<P>>, chunk: u32, answer: Answer) {
-        match answer.chunk().await {
-            Ok(fetched) => {
-                self.0.counters.readahead_chunks.add(1);
-                let bytes = fetched.data.len() as u64;
-                if self.may_fill(volume, chunk, bytes)
-                    && let Err(error) = self.fill_data(volume, chunk, &fetched.data, FillTurn::Waits).await
-                {
-                    self.owe(volume, chunk, &error);
+    /// Fills chunks under the store's share, or owes them. The hydrator leaves them alone until then.
+    async fn fill_ahead(&self, volume: &Rc<Volume<P>>, fill: Arrived) {
+        let chunks = fill.as_ref().map_or_else(|(chunk, _)| *chunk..*chunk + 1, Fill::chunks);
+        match fill {
+            Ok(fill) => {
+                self.0.counters.readahead_chunks.add(chunks.len() as u64);
+                let may = match &fill {
+                    Fill::Data(chunk, fetched) => self.may_fill(volume, *chunk, Some(fetched.data.len() as u64)),
+                    Fill::Zero(_) | Fill::Run(..) => true,
+                };
+                if may && let Err(error) = self.fill(volume, fill, FetchClass::ReadAhead).await {
+                    chunks.clone().for_each(|chunk| self.owe(volume, chunk, &error));
                 }
             }
             // Whoever reads it is told.
-            Err(_) => volume.streams.borrow_mut().failed(chunk),
+            Err((chunk, _)) => volume.streams.borrow_mut().failed(chunk),
         }
-        volume.hydration.borrow_mut().running.remove(&chunk);
-        self.0.ahead_bytes.set(self.0.ahead_bytes.get() - u64::from(volume.spec.chunk_bytes));
+        for chunk in chunks {
+            volume.hydration.borrow_mut().running.remove(&chunk);
+            self.0.ahead_bytes.set(self.0.ahead_bytes.get() - u64::from(volume.spec.chunk_bytes));
+        }
         if !volume.hydrated.get() {
             self.wake_hydrator(volume);
         }

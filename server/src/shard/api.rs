@@ -340,6 +340,8 @@ pub struct StoreLoad {
     pub hydrated_bytes_per_second: u64,
     /// Most that a volume of the snapshot in question has of its data.
     pub image_bytes: u64,
+    /// Volumes share chunks with the base of the store.
+    pub shares_extents: bool,
     /// The error of a volume whose file failed.
     pub failure: Option<String>,
 }
@@ -355,6 +357,7 @@ impl StoreLoad {
         self.guest_written_bytes_per_second += other.guest_written_bytes_per_second;
         self.hydrated_bytes_per_second += other.hydrated_bytes_per_second;
         self.image_bytes = self.image_bytes.max(other.image_bytes);
+        self.shares_extents |= other.shares_extents;
         self.failure = self.failure.or_else(|| other.failure.clone());
         self
     }
@@ -486,10 +489,49 @@ pub struct ShardStats {
     pub gauges: Vec<(&'static str, &'static str, u64)>,
     /// Name, help text and counts of each histogram of durations.
     pub histograms: Vec<(&'static str, &'static str, HistogramCounts)>,
+    /// What this shard's volumes share in each store, in the order of the configuration.
+    pub sharing: Vec<StoreSharing>,
     /// Snapshot names that volumes of this shard still need (not hydrated).
     pub snapshots_needed: Vec<String>,
     /// Recent events that name causes, oldest first, at most 64.
     pub events: Vec<String>,
+}
+
+/// What volumes share in a volume store instead of each having a copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct StoreSharing {
+    /// The filesystem can, and is used so.
+    pub shares_extents: bool,
+    /// What the base may hold, and holds.
+    pub base_bytes_max: u64,
+    pub base_bytes: u64,
+    pub base_chunks: u64,
+    pub base_written_chunks: u64,
+    pub base_written_bytes: u64,
+    pub base_evicted_bytes: u64,
+    /// Hydrated by clones of the base: what was not copied.
+    pub cloned_chunks: u64,
+    pub cloned_bytes: u64,
+    /// Calls of the filesystem that this took: neighbours are cloned together.
+    pub clones: u64,
+    /// Writes to the base and clones of it that failed.
+    pub clone_failures: u64,
+}
+
+impl std::ops::AddAssign for StoreSharing {
+    fn add_assign(&mut self, other: StoreSharing) {
+        self.shares_extents |= other.shares_extents;
+        self.base_bytes_max += other.base_bytes_max;
+        self.base_bytes += other.base_bytes;
+        self.base_chunks += other.base_chunks;
+        self.base_written_chunks += other.base_written_chunks;
+        self.base_written_bytes += other.base_written_bytes;
+        self.base_evicted_bytes += other.base_evicted_bytes;
+        self.cloned_chunks += other.cloned_chunks;
+        self.cloned_bytes += other.cloned_bytes;
+        self.clones += other.clones;
+        self.clone_failures += other.clone_failures;
+    }
 }
 
 /// Where the data ports of all shards are; handed out by HELLO.

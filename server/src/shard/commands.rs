@@ -344,6 +344,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             counters,
             gauges,
             histograms: self.0.stages.snapshot(),
+            sharing: self.sharing(),
             snapshots_needed,
             events: self.0.counters.events(),
         }

@@ -15,12 +15,14 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Time};
 use crate::shard::Shard;
 use crate::shard::api::{ConnectionId, Reply};
+use crate::shard::base::{Supplied, Want};
+use crate::shard::fills::Content;
 use crate::shard::locks::Mode;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::residency::SectorRange;
 use crate::shard::signal::within;
 use crate::shard::volume::{Volume, copy_padded, is_zero};
-use crate::transfer::{ChunkSource, FetchClass, Fetched, Story};
+use crate::transfer::{ChunkSource, FetchClass, Fetched};
 use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR_BYTES, VolumeId};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
@@ -29,35 +31,12 @@ const SECTOR: u64 = SECTOR_BYTES as u64;
 const ZERO_STEP_BYTES: u64 = 32 << 20;
 
 /// A chunk on its way from the shard that owns it. Dropping it cancels nothing.
-pub(super) struct Answer(flume::Receiver<Result<Fetched>>);
+pub(super) struct Answer(pub(super) flume::Receiver<Result<Fetched>>);
 
 impl Answer {
     pub(super) async fn chunk(self) -> Result<Fetched> {
         let stopped = |_| Err(Error::new(Status::Busy, "the shard that fetches the chunk is overloaded or stopping"));
         self.0.recv_async().await.unwrap_or_else(stopped)
-    }
-}
-
-/// Content of a chunk in the snapshot.
-#[derive(Clone)]
-pub(super) enum Content {
-    Zero,
-    Data(Fetched),
-}
-
-impl Content {
-    pub(super) fn bytes(&self) -> &[u8] {
-        match self {
-            Content::Zero => &[],
-            Content::Data(fetched) => &fetched.data,
-        }
-    }
-
-    fn story(&self) -> Option<Story> {
-        match self {
-            Content::Zero => None,
-            Content::Data(fetched) => Some(fetched.story),
-        }
     }
 }
 
@@ -153,7 +132,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.counters.guest_read_misses.add(1);
         volume.counters.read_misses.add(1);
         let begun = self.0.platform.now();
-        let contents = self.contents(&volume, range, FetchClass::Priority).await?;
+        let contents = self.contents(&volume, range, Some(Want::Bytes)).await?;
+        let contents = self.share_now(&volume, contents).await?;
         let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         // Residency is looked up again now: what guests wrote while the chunks were fetched is in the file.
         let runs = volume.map.borrow().runs(range.sectors());
@@ -214,37 +194,35 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(())
     }
 
-    /// The snapshot's content of every chunk of the range that is not wholly resident.
+    /// The snapshot's content of every chunk of the range that is not wholly resident; as places in the base only if that
+    /// is `wanted`.
     pub(super) async fn contents(
         &self,
         volume: &Rc<Volume<P>>,
         range: ByteRange,
-        class: FetchClass,
+        wanted: Option<Want>,
     ) -> Result<Vec<(u32, Content)>> {
         let absent: Vec<u32> = {
             let map = volume.map.borrow();
             range.chunks(volume).filter(|chunk| !map.is_chunk_resident(*chunk)).collect()
         };
         let limit = self.0.config.guest_deadline;
-        match within(&self.0.platform, limit, self.chunk_contents(volume, absent, class)).await {
-            Some(found) => found,
-            None => {
-                let message = format!(
-                    "volume {:?}: no data from the object store within {} ms",
-                    &*volume.spec.name,
-                    limit.as_millis()
-                );
-                self.0.counters.event(self.0.platform.wall_clock_ms(), &message);
-                Err(Error::new(Status::DeadlineExceeded, message))
-            }
-        }
+        let contents = within(&self.0.platform, limit, self.chunk_contents(volume, absent, wanted)).await;
+        contents.unwrap_or_else(|| Err(self.too_late(volume)))
+    }
+
+    pub(super) fn too_late(&self, volume: &Volume<P>) -> Error {
+        let limit = self.0.config.guest_deadline.as_millis();
+        let message = format!("volume {:?}: no data from the object store within {limit} ms", &*volume.spec.name);
+        self.0.counters.event(self.0.platform.wall_clock_ms(), &message);
+        Error::new(Status::DeadlineExceeded, message)
     }
 
     async fn chunk_contents(
         &self,
         volume: &Rc<Volume<P>>,
         chunks: Vec<u32>,
-        class: FetchClass,
+        wanted: Option<Want>,
     ) -> Result<Vec<(u32, Content)>> {
         if chunks.is_empty() {
             return Ok(Vec::new());
@@ -252,13 +230,20 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let manifest = self.manifest_of(volume).await?;
         let (zero, stored): (Vec<u32>, Vec<u32>) = chunks.into_iter().partition(|chunk| is_zero(&manifest, *chunk));
         let mut contents: Vec<_> = zero.into_iter().map(|chunk| (chunk, Content::Zero)).collect();
-        let sources: Vec<_> = stored
-            .iter()
-            .map(|chunk| {
-                ChunkSource::of(&manifest, *chunk, &volume.account.origin).expect("zero chunks were sorted out")
-            })
-            .collect();
-        let answers = join_all(self.request(sources, class).into_iter().map(Answer::chunk)).await;
+        if let Some(want) = wanted {
+            let orders = self.orders(volume, &manifest, &stored, None);
+            let answers = self.supplies(volume, orders, want, FetchClass::Priority);
+            let answers = join_all(answers.into_iter().map(Supplied::get)).await;
+            for (chunk, supply) in stored.into_iter().zip(answers) {
+                contents.push((chunk, supply?.into()));
+            }
+            return Ok(contents);
+        }
+        let source = |chunk: &u32| {
+            ChunkSource::of(&manifest, *chunk, &volume.account.origin).expect("zero chunks were sorted out")
+        };
+        let sources = stored.iter().map(source).collect();
+        let answers = join_all(self.request(sources, FetchClass::Priority).into_iter().map(Answer::chunk)).await;
         for (chunk, data) in stored.into_iter().zip(answers) {
             contents.push((chunk, Content::Data(data?)));
         }
@@ -339,7 +324,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 continue;
             }
             let at = ByteRange { offset: sector * SECTOR, len: LOGICAL_BLOCK_BYTES.into() };
-            old.extend(self.contents(volume, at, FetchClass::Priority).await?);
+            old.extend(self.contents(volume, at, None).await?);
         }
         let mode = if edges.is_empty() { Mode::Shared } else { Mode::Alone };
         let _locks = volume.locks.lock_all(range.chunks(volume), mode).await;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::platform::Time;
 use crate::shard::signal::Signal;
+use crate::transfer::FetchClass;
 
 /// Bytes of fills in flight per store and shard while no guest uses it: what it takes to keep a fast disk busy.
 const QUIET_BYTES_MAX: u64 = 4 << 20;
@@ -23,6 +24,14 @@ pub enum FillTurn {
     Waits,
     /// Now: a guest waits for it.
     AtOnce,
+}
+
+impl FillTurn {
+    /// Of what was fetched so urgently.
+    #[must_use]
+    pub fn of(class: FetchClass) -> FillTurn {
+        if class == FetchClass::Priority { FillTurn::AtOnce } else { FillTurn::Waits }
+    }
 }
 
 #[derive(Default)]

@@ -12,19 +12,21 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream::{self, StreamExt};
+use futures::stream::StreamExt;
 
 use crate::budget::{RateMeter, TokenBucket};
 use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
-use crate::shard::fill_turns::{FillTurn, FillTurns};
+use crate::shard::base::Want;
+use crate::shard::fill_turns::FillTurns;
+use crate::shard::fills::{Fill, gathered};
 use crate::shard::residency::ResidencyMap;
 use crate::shard::signal::{Signal, within};
 use crate::shard::volume::{Volume, is_zero};
 use crate::snapshot::{ChunkEntry, Manifest};
-use crate::transfer::{ChunkSource, FetchClass, STRETCH_BYTES};
+use crate::transfer::{FetchClass, STRETCH_BYTES};
 use crate::types::{HydrationRate, VolumeId};
 
 /// Bytes of the volume in one run, which ends with its stretch of a pack: one GET of one shard.
@@ -38,6 +40,8 @@ pub(super) const RUN_FILLS_MAX: usize = 2;
 const BOOT_RUN_CHUNKS: usize = 8;
 /// Zero chunks made resident in one step; bounds how many chunk locks are held together.
 pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
+/// Chunks that the owners are asked for together, whether the base holds them: a look-up each, half a millisecond.
+const LENT_CHUNKS_MAX: usize = 512;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// A volume whose store is full or whose object store is gone is tried again this often at least.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
@@ -50,6 +54,8 @@ pub struct Hydration {
     pub cursor: u32,
     /// Chunks being fetched or filled by the hydrator, or ahead of a reader, now.
     pub running: hashbrown::HashSet<u32, ahash::RandomState>,
+    /// How far it was asked what the base holds already: of a new volume, before anything is fetched. `u32::MAX`: no more.
+    pub lent_cursor: u32,
     /// How far the boot set has been gone through.
     pub boot_cursor: usize,
     /// Chunks that guests missed while the store's share was spent: served before the sector order.
@@ -106,8 +112,16 @@ enum Next<P: Platform> {
 struct Run {
     chunks: Vec<u32>,
     class: FetchClass,
+    /// Only what the base holds already is wanted.
+    lent: bool,
     /// Its bytes have come off the budgets: at once where the manifest is known, so that no other run starts on them.
     charged: bool,
+}
+
+impl Run {
+    fn of(chunks: Vec<u32>, class: FetchClass) -> Run {
+        Run { chunks, class, lent: false, charged: false }
+    }
 }
 
 enum Turn {
@@ -169,9 +183,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 return Next::Wait(Some(now.after(budget_wait)));
             }
             let boot_set = volume.spec.snapshot.as_ref().and_then(|snapshot| self.0.boots.set_of(snapshot));
-            match turn(&volume, boot_set.as_deref(), now) {
+            match turn(&volume, boot_set.as_deref(), self.0.bases[store].is_usable(), now) {
                 Turn::Run(mut run) => {
-                    if let Some(manifest) = volume.manifest() {
+                    if let Some(manifest) = volume.manifest().filter(|_| !run.lent) {
                         self.charge(&volume, &manifest, &run.chunks);
                         run.charged = true;
                     }
@@ -201,6 +215,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     async fn hydrate_chunks(&self, volume: &Rc<Volume<P>>, run: &Run) -> Result<()> {
         let manifest = self.manifest_of(volume).await?;
+        if run.lent {
+            if self.share_what_is_there(volume, &manifest, &run.chunks).await == 0 {
+                volume.hydration.borrow_mut().lent_cursor = u32::MAX;
+            }
+            return Ok(());
+        }
         let (zero, stored): (Vec<u32>, Vec<u32>) = run.chunks.iter().partition(|chunk| is_zero(&manifest, **chunk));
         for run in zero.chunk_by(|a, b| a + 1 == *b) {
             volume.fill_zero(run[0]..=run[run.len() - 1]).await?;
@@ -229,15 +249,21 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         chunks: Vec<u32>,
         class: FetchClass,
     ) -> Result<()> {
-        let sources =
-            chunks.iter().filter_map(|chunk| ChunkSource::of(manifest, *chunk, &volume.account.origin)).collect();
-        let copies = chunks.into_iter().zip(self.request(sources, class));
-        let copies = copies.map(async |(chunk, answer)| {
-            let copied = self.fill_data(volume, chunk, &answer.chunk().await?.data, FillTurn::Waits).await;
+        let orders = self.orders(volume, manifest, &chunks, None);
+        let supplied = chunks.into_iter().zip(self.supplies(volume, orders, Want::Place, class));
+        let fills = gathered(supplied, volume.spec.chunk_bytes).map(async |fill| {
+            let fill = fill.map_err(|(_, error)| error)?;
+            if let Fill::Run(first, places) = &fill {
+                // They are in the store already: whoever brought them paid.
+                let lens = (*first..).take(places.len()).map(|chunk| u64::from(manifest.chunk_len(chunk)));
+                let store = &self.0.stores[volume.store];
+                store.budget.borrow_mut().give_back(lens.sum(), self.0.platform.now());
+            }
+            let filled = self.fill(volume, fill, class).await;
             self.0.platform.yield_now().await;
-            copied
+            filled
         });
-        stream::iter(copies).buffered(RUN_FILLS_MAX).fold(Ok(()), async |all, copied| all.and(copied)).await
+        fills.buffered(RUN_FILLS_MAX).fold(Ok(()), async |all, filled| all.and(filled)).await
     }
 
     fn note_run(&self, volume: &Rc<Volume<P>>, chunks: &[u32], result: Result<()>) {
@@ -280,7 +306,7 @@ fn waiting_on(error: &Error) -> &'static str {
 }
 
 /// What the hydrator may do for a volume now. Chooses the run and marks its chunks as running.
-fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, now: Time) -> Turn {
+fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: bool, now: Time) -> Turn {
     let map = volume.map.borrow();
     let mut hydration = volume.hydration.borrow_mut();
     if volume.deleted.get() || map.is_full() {
@@ -292,7 +318,7 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, now: Time) ->
     }
     while let Some(owed) = hydration.owed.pop_first() {
         if !map.is_chunk_resident(owed) && hydration.running.insert(owed) {
-            return Turn::Run(Run { chunks: vec![owed], class: FetchClass::Background, charged: false });
+            return Turn::Run(Run::of(vec![owed], FetchClass::Background));
         }
     }
     if hydration.rate == HydrationRate::None {
@@ -304,11 +330,20 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, now: Time) ->
         hydration.state = "rate";
         return Turn::Later(Some(now.after(wait)));
     }
+    // A pace is kept, whatever it costs to be faster.
+    if has_base && hydration.rate == HydrationRate::Unlimited && volume.manifest().is_some() {
+        let chunks = next_lent_chunks(&map, &mut hydration);
+        if !chunks.is_empty() {
+            hydration.running.extend(chunks.iter().copied());
+            hydration.state = "running";
+            return Turn::Run(Run { lent: true, ..Run::of(chunks, FetchClass::Background) });
+        }
+    }
     let boot = next_boot_chunks(volume, &map, &mut hydration, boot_set.unwrap_or_default());
     if !boot.is_empty() {
         hydration.running.extend(boot.iter().copied());
         hydration.state = "running";
-        return Turn::Run(Run { chunks: boot, class: FetchClass::BootSet, charged: false });
+        return Turn::Run(Run::of(boot, FetchClass::BootSet));
     }
     let Some(first) = next_chunk(volume, &map, &hydration) else { return Turn::Later(None) };
     let manifest = volume.manifest();
@@ -325,7 +360,24 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, now: Time) ->
     hydration.running.extend(chunks.iter().copied());
     hydration.cursor = first + chunks.len() as u32;
     hydration.state = "running";
-    Turn::Run(Run { chunks, class: FetchClass::Background, charged: false })
+    Turn::Run(Run::of(chunks, FetchClass::Background))
+}
+
+/// The next absent chunks of which the base was not asked yet; none once it was asked of all.
+fn next_lent_chunks(map: &ResidencyMap, hydration: &mut Hydration) -> Vec<u32> {
+    let mut chunks = Vec::new();
+    while chunks.len() < LENT_CHUNKS_MAX
+        && let Some(chunk) = map.next_absent_chunk(hydration.lent_cursor)
+    {
+        hydration.lent_cursor = chunk + 1;
+        if !hydration.running.contains(&chunk) {
+            chunks.push(chunk);
+        }
+    }
+    if chunks.is_empty() {
+        hydration.lent_cursor = u32::MAX;
+    }
+    chunks
 }
 
 /// The next chunks of the boot set that are neither resident nor on their way.

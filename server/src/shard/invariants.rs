@@ -5,6 +5,8 @@ use crate::cache::TierStatus;
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
+use crate::shard::api::StoreSharing;
+use crate::shard::base::Base;
 use crate::shard::fills::MISS_FILLS_MAX;
 use crate::shard::residency::SectorRange;
 use crate::shard::volume::Volume;
@@ -35,6 +37,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if self.0.ahead_bytes.get() > self.ahead_bytes_max() {
             return Err(format!("{} bytes are on their way ahead of readers", self.0.ahead_bytes.get()));
         }
+        self.0.bases.iter().try_for_each(Base::check_invariants)?;
         self.0.transfer.check_invariants()
     }
 
@@ -43,6 +46,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     #[must_use]
     pub fn tiers(&self) -> (TierStatus, Option<TierStatus>) {
         self.0.transfer.tiers()
+    }
+
+    /// What volumes share in each store.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn sharing(&self) -> Vec<StoreSharing> {
+        self.0.bases.iter().map(Base::status).collect()
     }
 
     /// A checkpoint now, due or not.

@@ -3,7 +3,8 @@
 
 use crate::error::{Error, Result, Status};
 use crate::shard::api::{ConnectionId, Reply, Request};
-use crate::transfer::{ChunkSource, FetchClass, FetchReply};
+use crate::shard::base::{Order, Place, Want};
+use crate::transfer::{ChunkSource, Digest, FetchClass, FetchReply};
 use crate::types::VolumeId;
 
 /// Messages waiting for one shard: twice what its peers together keep in flight in ordinary use.
@@ -22,6 +23,20 @@ pub enum MeshMessage {
         class: FetchClass,
         /// Guests of a wave want them.
         wave: bool,
+    },
+    /// The same, but as places in the base of a volume store where it has or takes them.
+    Supply {
+        store: usize,
+        orders: Vec<Order>,
+        want: Want,
+        class: FetchClass,
+        wave: bool,
+    },
+    /// Which of these chunks, which the target owns, the base of a volume store holds.
+    Lend {
+        store: usize,
+        digests: Vec<Digest>,
+        reply: flume::Sender<Vec<Option<Place>>>,
     },
     ConnectionLost {
         volume: VolumeId,

@@ -6,8 +6,9 @@ use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
 use crate::shard::api::{FetchUntil, Reply};
+use crate::shard::base::Want;
 use crate::shard::datapath::ByteRange;
-use crate::shard::fill_turns::FillTurn;
+use crate::shard::fills::{Fill, gather};
 use crate::transfer::FetchClass;
 use crate::types::VolumeId;
 
@@ -53,15 +54,18 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         while at < range.end() {
             let end = range.end().min((at / window_bytes + 1) * window_bytes);
             let window = ByteRange { offset: at, len: end - at };
-            let contents = self.contents(&volume, window, FetchClass::Priority).await?;
-            for (chunk, content) in contents {
-                if until == FetchUntil::Readable {
+            if until == FetchUntil::Readable {
+                for (chunk, content) in self.contents(&volume, window, Some(Want::Bytes)).await? {
                     self.fill_behind(&volume, chunk, content);
-                } else {
+                }
+            } else {
+                let contents = self.contents(&volume, window, Some(Want::Place)).await?;
+                for fill in gather(contents, volume.spec.chunk_bytes) {
                     // Charged, not asked: priority work never waits for the background's share.
-                    let bytes = content.bytes().len() as u64;
-                    self.0.stores[volume.store].budget.borrow_mut().charge(bytes, self.0.platform.now());
-                    self.fill(&volume, chunk, &content, FillTurn::AtOnce).await?;
+                    if let Fill::Data(_, fetched) = &fill {
+                        self.charge_store(&volume, fetched.data.len() as u64);
+                    }
+                    self.fill(&volume, fill, FetchClass::Priority).await?;
                 }
             }
             at = end;

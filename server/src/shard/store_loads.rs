@@ -10,12 +10,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// In the order of the stores.
     pub(super) fn store_loads(&self, snapshot: Option<u128>) -> Vec<StoreLoad> {
         let now = self.0.platform.now();
-        let idle = |store: &super::Store| StoreLoad {
+        let idle = |(store, base): (&super::Store, &super::Base<P>)| StoreLoad {
+            shares_extents: base.is_usable(),
             guest_written_bytes_per_second: store.guest_writes.borrow_mut().per_second(now),
             hydrated_bytes_per_second: store.hydrated.borrow_mut().per_second(now),
             ..StoreLoad::default()
         };
-        let mut loads: Vec<StoreLoad> = self.0.stores.iter().map(idle).collect();
+        let mut loads: Vec<StoreLoad> = self.0.stores.iter().zip(&self.0.bases).map(idle).collect();
         for volume in self.0.volumes.borrow().values() {
             let load = &mut loads[volume.store];
             let size = volume.spec.size_bytes;

@@ -59,6 +59,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             tick += 1;
             self.end_recordings();
             self.0.transfer.release_waves();
+            self.watch_bases().await;
             if tick.is_multiple_of(SYNC_EVERY_TICKS) {
                 self.sync_dirty().await;
             }
@@ -133,6 +134,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.checkpoint().await;
         for volume in self.volumes() {
             volume.close_file().await;
+        }
+        for base in &self.0.bases {
+            base.close().await;
         }
         if let Some(disk) = self.0.transfer.disk() {
             within(&self.0.platform, SETTLE_CACHE_MAX, disk.settled()).await;

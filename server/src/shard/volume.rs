@@ -2,14 +2,14 @@
 //!
 //! **Invariant (P1):** a residency record is captured before the data sync it depends on and appended after it.
 
+mod filling;
+
 use std::cell::{Cell, RefCell};
-use std::ops::Range;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::budget::{RateMeter, TokenBucket};
-use crate::cache::ChunkData;
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
 use crate::mutation::{self, Mutation};
@@ -17,7 +17,7 @@ use crate::platform::{File, OpenMode, Platform};
 use crate::shard::api::ConnectionId;
 use crate::shard::boots::Recording;
 use crate::shard::hydrate::{Hydration, ZERO_RUN_CHUNKS_MAX};
-use crate::shard::locks::{ChunkLocks, Mode};
+use crate::shard::locks::ChunkLocks;
 use crate::shard::readahead::ReadAhead;
 use crate::shard::residency::{ResidencyMap, SectorRange};
 use crate::shard::signal::Signal;
@@ -34,9 +34,6 @@ pub const SET_ASIDE: &str = "deleted";
 /// Chunks without data in the snapshot that one sync also writes down, so that a restart knows them as resident: a bound
 /// on what the sync of a very large volume carries.
 const ZEROES_RECORDED_MAX: usize = 4096;
-
-/// Shorter pieces of a chunk are copied to be written: that is less than another thread's turn costs.
-const SHARED_WRITE_BYTES_MIN: usize = 128 << 10;
 
 /// What guests did to one volume.
 #[derive(Default)]
@@ -122,6 +119,7 @@ impl<P: Platform> Volume<P> {
             bucket,
             cursor: 0,
             boot_cursor: 0,
+            lent_cursor: 0,
             running: hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(21, 22, 23, 24)),
             owed: std::collections::BTreeSet::new(),
             not_before: now,
@@ -307,11 +305,6 @@ impl<P: Platform> Volume<P> {
         self.change("write", async |file| file.write_at(start_sector * SECTOR, buf).await).await
     }
 
-    /// [`Volume::write_sectors`] from a part of a chunk that others use too.
-    async fn write_shared_sectors(&self, start_sector: u64, chunk: ChunkData, part: Range<usize>) -> Result<()> {
-        self.change("write", async |file| file.write_shared_at(start_sector * SECTOR, chunk, part).await).await
-    }
-
     /// Makes sectors of the file read as zeroes. Locks and map as for writes.
     pub async fn zero_sectors(&self, range: SectorRange) -> Result<()> {
         let len = (range.end - range.start) * SECTOR;
@@ -328,6 +321,11 @@ impl<P: Platform> Volume<P> {
         changed.map_err(|e| self.io_error(what, &e))
     }
 
+    /// A sync failed: whatever is written now is refused.
+    pub fn takes_no_writes(&self) -> bool {
+        self.poisoned.borrow().is_some()
+    }
+
     /// The failed sync, if there was one.
     pub fn failure(&self) -> Option<String> {
         self.poisoned.borrow().as_ref().map(|error| error.message.clone())
@@ -335,62 +333,6 @@ impl<P: Platform> Volume<P> {
 
     fn check_poison(&self) -> Result<()> {
         self.poisoned.borrow().clone().map_or(Ok(()), Err)
-    }
-
-    /// Writes the sectors of a chunk that are not resident, and only those. Returns the bytes written.
-    /// `content` is the chunk as in the snapshot; past its end (the tail of the device's last sector) are zeroes.
-    pub async fn fill(&self, chunk: u32, content: &ChunkData) -> Result<u64> {
-        let early = mutation::on(Mutation::FillDecidesBeforeLock).then(|| self.map.borrow().absent_runs(chunk));
-        let _alone = match mutation::on(Mutation::FillWithoutLock) {
-            true => None,
-            false => Some(self.locks.lock(chunk, Mode::Alone).await),
-        };
-        let (mut absent, whole) = {
-            let map = self.map.borrow();
-            (map.absent_runs(chunk), map.chunk_sectors(chunk))
-        };
-        if let Some(early) = early {
-            absent = early;
-        }
-        if mutation::on(Mutation::FillIgnoresSectors) {
-            absent = vec![whole];
-        }
-        let mut written = 0;
-        for run in absent {
-            let (start, end) = ((run.start - whole.start) * SECTOR, (run.end - whole.start) * SECTOR);
-            let part = start as usize..end as usize;
-            if part.len() >= SHARED_WRITE_BYTES_MIN && part.end <= content.len() {
-                self.write_shared_sectors(run.start, content.clone(), part).await?;
-            } else {
-                let mut buf = self.platform.alloc(part.len());
-                copy_padded(&mut buf, content, part.start);
-                self.write_sectors(run.start, buf).await?;
-            }
-            written += end - start;
-            self.map.borrow_mut().mark_written(run);
-        }
-        self.note_change();
-        Ok(written)
-    }
-
-    /// Makes absent sectors of zero chunks resident: nothing is fetched.
-    pub async fn fill_zero(&self, chunks: std::ops::RangeInclusive<u32>) -> Result<()> {
-        assert!((chunks.end() - chunks.start()) < ZERO_RUN_CHUNKS_MAX, "bounded by the caller");
-        let _alone = self.locks.lock_all(chunks.clone(), Mode::Alone).await;
-        let range = {
-            let map = self.map.borrow();
-            SectorRange { start: map.chunk_sectors(*chunks.start()).start, end: map.chunk_sectors(*chunks.end()).end }
-        };
-        let runs = self.map.borrow().runs(range);
-        for run in runs.iter().filter(|run| !run.resident) {
-            let absent = SectorRange { start: run.start, end: run.end };
-            if !mutation::on(Mutation::ZeroFillTrustsFile) {
-                self.zero_sectors(absent).await?;
-            }
-            self.map.borrow_mut().mark_zeroed(absent);
-        }
-        self.note_change();
-        Ok(())
     }
 
     pub fn note_change(&self) {

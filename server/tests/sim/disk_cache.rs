@@ -93,6 +93,11 @@ pub struct Tally {
 impl Drop for Tally {
     fn drop(&mut self) {
         for shard in &self.node.shards {
+            for store in shard.sharing() {
+                self.guests.count_many("clone of the base", store.cloned_chunks);
+                self.guests.count_many("base eviction", store.base_evicted_bytes.min(1));
+                self.guests.count_many("base failure", store.clone_failures);
+            }
             let (ram, disk) = shard.tiers();
             self.guests.count_many("RAM cache hit", ram.hits);
             self.guests.count_many("RAM cache eviction", ram.evicted);

@@ -96,6 +96,8 @@ mutations! {
     superblock_not_synced SuperblockNotSynced
     slot_not_verified SlotNotVerified
     slot_of_another_chunk SlotOfAnotherChunk
+    place_before_its_bytes PlaceBeforeItsBytes
+    lent_place_punched LentPlacePunched
 }
 
 /// The same runs pass when no mutation is on: what catches is the bug and not the feature.

@@ -167,6 +167,7 @@ pub struct NodeSettings {
     /// `None`: no disk cache.
     pub disk_cache_bytes: Option<u64>,
     pub hydration_bandwidth: Option<u64>,
+    pub base_bytes: u64,
     pub deadline: Duration,
     pub hedge_percent: u32,
     pub readahead_bytes_max: u64,
@@ -179,6 +180,7 @@ impl Default for NodeSettings {
             cache_bytes: 4 << 20,
             disk_cache_bytes: None,
             hydration_bandwidth: None,
+            base_bytes: 0,
             deadline: Duration::from_secs(20),
             hedge_percent: 0,
             readahead_bytes_max: 0,
@@ -266,6 +268,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         label: Arc::from(label),
         path: Path::new("/node/stores").join(label),
         hydration_bandwidth: settings.hydration_bandwidth,
+        base_bytes: settings.base_bytes,
     };
     ShardConfig {
         shard,

@@ -43,6 +43,7 @@ pub struct Run {
     pub guests: Rc<Guests>,
     rng: SimRng,
     cache_dice: Dice,
+    base_dice: SimRng,
     power_cuts: u64,
     kills: u64,
     /// Durable points before there was anything to lose.
@@ -95,6 +96,7 @@ impl Run {
         let world = SimWorld::new(seed);
         let objects = SimObjects::new(&world);
         let mut rng = SimRng::stream(seed, "test");
+        world.share_extents(seed % 4 < 2);
         let sim = world.platform();
         world.block_on(async { make_directories(&sim).await.expect("no faults yet") });
         world.crash_at_sync(crash.map(|(point, when)| (world.syncs() + point, when)));
@@ -106,8 +108,8 @@ impl Run {
         let child = make_child(&objects, &mut rng, "image-2", &first);
         let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child]));
         let diary = Diary { replay, lives: Vec::new() };
-        let cache_dice = Dice::new(seed);
-        Run { seed, world, objects, guests, rng, cache_dice, power_cuts: 0, kills: 0, set_up_syncs, diary }
+        let (cache_dice, base_dice) = (Dice::new(seed), SimRng::stream(seed, "base"));
+        Run { seed, world, objects, guests, rng, cache_dice, base_dice, power_cuts: 0, kills: 0, set_up_syncs, diary }
     }
 
     pub fn report(&self) -> Report {
@@ -182,6 +184,7 @@ impl Run {
             cache_bytes: [0, 256 << 10, 8 << 20][self.rng.index(3)],
             disk_cache_bytes: self.cache_dice.budget(),
             hydration_bandwidth: [None, Some(4 << 20), Some(256 << 10)][self.rng.index(3)],
+            base_bytes: [0, 256 << 10, 1 << 20, 64 << 20][self.base_dice.index(4)],
             deadline: [Duration::from_secs(20), Duration::from_secs(20), Duration::from_millis(30)][self.rng.index(3)],
             hedge_percent: if self.hedges() { 50 } else { 0 },
             readahead_bytes_max: [0, 512 << 10][(self.seed % 2) as usize],

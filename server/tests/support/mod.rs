@@ -73,6 +73,7 @@ pub struct Options {
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
+    pub base_bytes: u64,
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
     pub readahead_bytes_max: u64,
@@ -89,6 +90,7 @@ impl Default for Options {
             disk_cache: None,
             guest_deadline,
             hydration_bandwidth: None,
+            base_bytes: 0,
             retry: RetryPolicy::default(),
             fetch_limits: QueueLimits::default(),
             readahead_bytes_max: 0,
@@ -113,6 +115,9 @@ impl Node {
         let io = |e: std::io::Error| volley_server::error::Error::from_io("start", &e);
         platform.create_dir_all(Path::new(JOURNAL)).await.map_err(io)?;
         platform.create_dir_all(&PathBuf::from(STORE).join("volumes")).await.map_err(io)?;
+        for made in [STORE, "/node", "/"] {
+            platform.sync_dir(Path::new(made)).await.map_err(io)?;
+        }
         let recovered = journal::recover(&platform, Path::new(JOURNAL)).await?;
         let epoch = recovered.epoch + 1;
         let config = ShardConfig {
@@ -125,6 +130,7 @@ impl Node {
                 label: "default".into(),
                 path: STORE.into(),
                 hydration_bandwidth: options.hydration_bandwidth,
+                base_bytes: options.base_bytes,
             }],
             cache_bytes: options.cache_bytes,
             pin_waves: options.pin_waves,

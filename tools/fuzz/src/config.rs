@@ -75,6 +75,7 @@ fn check_accepted(config: &Config) {
     let paths: BTreeSet<_> = stores.iter().map(|store| &store.path).collect();
     assert!(labels.len() == stores.len() && paths.len() == stores.len());
     assert!(stores.iter().all(|store| !store.path.as_os_str().is_empty() && store.hydration_bandwidth.0 != Some(0)));
+    assert!(stores.iter().all(|store| store.base_percent <= 90));
 }
 
 /// The file that `--print-config` writes, each section alone, every kind of value, and flags.
@@ -91,7 +92,7 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
         ("deadlines", "[deadlines]\nguest_read = \"1500ms\"\nstop = \"1h\""),
         ("retries", "[retries]\ndeadline = \"1m\"\nbackoff_min = \"1ms\"\nbackoff_max = \"2ms\"\ncorrupt_attempts = 9"),
         ("stores", "[[store]]\nlabel = \"a\"\npath = \"/a\"\n[[store]]\nlabel = \"b\"\npath = '''/b \"'''\nhydration_bandwidth = \"unlimited\""),
-        ("inline", "store = [{ label = \"a\", path = \"/a\", hydration_bandwidth = \"1KiB/s\" }]"),
+        ("inline", "store = [{ label = \"a\", path = \"/a\", hydration_bandwidth = \"1KiB/s\", base_percent = 0 }]"),
         ("unknown-key", "cors = 4"),
         ("bad-value", "[deadlines]\nguest_read = \"30\""),
         ("flags", "cores = 4\0data=/d\nobject-store=file:///o\nlisten=0.0.0.0:0\nhttp=[::]:0\ncores=3\nlog=warn\nstore=a=/a\nstore=b=/b=c"),

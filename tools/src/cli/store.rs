@@ -30,6 +30,10 @@ struct Store {
     hydration_bytes_per_second: u64,
     failure: Option<String>,
     hydration_bytes_per_second_max: Option<u64>,
+    shares_extents: bool,
+    base_bytes: u64,
+    cloned_chunks: u64,
+    cloned_bytes: u64,
 }
 
 /// Runs one store command.
@@ -66,6 +70,10 @@ fn table(stores: &[Value]) -> CliResult {
         "GUEST WRITES",
         "HYDRATION",
         "HYDRATION LIMIT",
+        "SHARES EXTENTS",
+        "BASE",
+        "CHUNKS CLONED",
+        "SAVED",
         "STATE",
     ];
     let mut table = Table::new(&header);
@@ -85,6 +93,10 @@ fn table(stores: &[Value]) -> CliResult {
             store
                 .hydration_bytes_per_second_max
                 .map_or("unlimited".to_string(), |bytes| format!("{}/s", format_size(bytes))),
+            if store.shares_extents { "yes" } else { "no" }.to_string(),
+            format_size(store.base_bytes),
+            store.cloned_chunks.to_string(),
+            format_size(store.cloned_bytes),
             store.failure.map_or("ok".to_string(), |why| format!("failing: {why}")),
         ]);
     }

@@ -20,6 +20,7 @@ mod ledger;
 mod lifecycle;
 mod one_get;
 mod recovery;
+mod reflink;
 mod s3;
 mod storm;
 mod torture;

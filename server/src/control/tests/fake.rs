@@ -96,6 +96,7 @@ impl Node {
             hydration_bandwidth: None,
             domain: Arc::from(label),
             overcommit: None,
+            base_percent: 0,
         };
         let control = Control::new(Settings {
             node_id: NODE_ID,

@@ -190,6 +190,10 @@ impl File for TestFile {
         self.write_at(offset, data[range].to_vec()).await
     }
 
+    async fn clone_range(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> io::Result<()> {
+        self.file.clone_range(offset, &source.file, source_offset, len).await
+    }
+
     async fn datasync(&self) -> io::Result<()> {
         self.platform.call(Call::Sync).await?;
         self.file.datasync().await

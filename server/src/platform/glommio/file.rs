@@ -10,6 +10,7 @@ use std::sync::Arc;
 use futures::stream::{self, StreamExt};
 use glommio::io::{DmaBuffer, DmaFile, ReadResult};
 
+use super::clones::{self, Clone as Cloning};
 use super::plain_error;
 use crate::platform::blocking::stored;
 use crate::platform::{AlignedBytes, File};
@@ -118,7 +119,7 @@ impl GlommioFile {
 
     /// A descriptor of its own, for a call that outlives a caller that goes away. (`DmaFile` reads and writes at
     /// offsets, so nobody minds that the two share their position.)
-    fn own_descriptor(&self) -> io::Result<OwnedFd> {
+    pub(super) fn own_descriptor(&self) -> io::Result<OwnedFd> {
         // SAFETY: the descriptor is open as long as `self.file` lives.
         unsafe { BorrowedFd::borrow_raw(self.file.as_raw_fd()) }.try_clone_to_owned()
     }
@@ -180,6 +181,13 @@ impl File for GlommioFile {
             written
         })
         .await
+    }
+
+    async fn clone_range(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> io::Result<()> {
+        check_aligned("clone", offset, len)?;
+        check_aligned("clone from", source_offset, 0)?;
+        let clone = Cloning { file: self.clone(), offset, source: source.clone(), source_offset, len };
+        clones::join(source.file.as_raw_fd(), clone).await
     }
 
     async fn datasync(&self) -> io::Result<()> {

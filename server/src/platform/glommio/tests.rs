@@ -178,6 +178,39 @@ fn directories_are_made_listed_linked_and_synced() {
 }
 
 #[test]
+fn a_range_is_cloned_or_refused_as_unsupported() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        write(&platform, &file, 0, &pattern(16384, 1)).await;
+        let source = platform.open(&dir.join("f"), OpenMode::Read).await.expect("open");
+        match file.clone_range(8192, &source, 4096, 4096).await {
+            Ok(()) => {
+                assert!(file.read_at(8192, 4096).await.expect("read")[..] == pattern(16384, 1)[4096..8192]);
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}"),
+        }
+        let misaligned = file.clone_range(8192, &source, 512, 4096).await;
+        assert_eq!(misaligned.map_err(|e| e.kind()), Err(ErrorKind::InvalidInput));
+    });
+}
+
+#[test]
+fn clones_that_come_together_each_have_their_own_answer() {
+    on_executor(|platform, dir| async move {
+        let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");
+        let source = platform.open(&dir.join("s"), OpenMode::CreateNew).await.expect("create");
+        write(&platform, &source, 0, &pattern(4096, 1)).await;
+        file.set_len(100 * 4096).await.expect("longer");
+        let can = file.clone_range(0, &source, 0, 4096).await.is_ok();
+        // Every third is of what the source does not have.
+        let clones = (0..100_u64).map(|n| file.clone_range(n * 4096, &source, (n % 3 / 2) * 8192, 4096));
+        for (n, cloned) in join_all(clones).await.into_iter().enumerate() {
+            assert_eq!(cloned.is_ok(), can && n % 3 != 2, "clone {n}: {cloned:?}");
+        }
+    });
+}
+
+#[test]
 fn clones_share_a_file_and_outlive_a_close() {
     on_executor(|platform, dir| async move {
         let file = platform.open(&dir.join("f"), OpenMode::CreateNew).await.expect("create");

@@ -22,8 +22,19 @@ pub(super) struct Content {
 /// A change to a file, durable or not.
 #[derive(Clone)]
 pub(super) enum Change {
-    Write { offset: u64, data: Vec<u8> },
-    Deallocate { offset: u64, len: u64 },
+    Write {
+        offset: u64,
+        data: Vec<u8>,
+    },
+    /// Shares another file's blocks, which hold these bytes.
+    Clone {
+        offset: u64,
+        data: Vec<u8>,
+    },
+    Deallocate {
+        offset: u64,
+        len: u64,
+    },
     SetLen(u64),
 }
 
@@ -82,9 +93,10 @@ impl Content {
         self.apply_some(change, |_| true);
     }
 
-    /// Whether readers see what a write wrote.
+    /// Whether readers see what a write wrote or a clone shares.
     fn shows(&self, change: &Change) -> bool {
-        matches!(change, Change::Write { offset, data } if self.read(*offset, data.len()) == *data)
+        let (Change::Write { offset, data } | Change::Clone { offset, data }) = change else { return false };
+        self.read(*offset, data.len()) == *data
     }
 
     /// Applies the parts of `change` that `keep` lets through; it is asked once per unit that can't be torn.
@@ -95,6 +107,16 @@ impl Content {
                     let at = offset + index as u64 * DISK_SECTOR;
                     if keep(at) {
                         self.put(at, sector);
+                    }
+                }
+            }
+            Change::Clone { offset, data } => {
+                for (index, block) in data.chunks(BLOCK as usize).enumerate() {
+                    let at = offset + index as u64 * BLOCK;
+                    if keep(at) {
+                        block.chunks(DISK_SECTOR as usize).zip(0..).for_each(|(sector, i)| {
+                            self.put(at + i * DISK_SECTOR, sector);
+                        });
                     }
                 }
             }
@@ -188,6 +210,11 @@ impl Inode {
                 self.live.apply_some(&change, |at| at + DISK_SECTOR <= len && rng.coin());
             }
         }
+        if let Change::Clone { .. } = &change
+            && rng.coin()
+        {
+            self.live.apply_some(&change, |_| rng.coin());
+        }
         self.next_id += 1;
         self.pending.push(Pending { id: self.next_id, completed: None, change });
         self.next_id
@@ -271,11 +298,14 @@ fn is_covered(pending: &Pending, point: u64) -> bool {
 /// The parts of a change that happen or do not, each for itself.
 fn torn_parts(change: Change) -> Vec<Change> {
     match change {
-        Change::Write { offset, data } => data
-            .chunks(DISK_SECTOR as usize)
-            .enumerate()
-            .map(|(i, sector)| Change::Write { offset: offset + i as u64 * DISK_SECTOR, data: sector.to_vec() })
-            .collect(),
+        Change::Write { offset, data } => {
+            let sectors = data.chunks(DISK_SECTOR as usize).map(<[u8]>::to_vec).zip(0..);
+            sectors.map(|(data, i)| Change::Write { offset: offset + i * DISK_SECTOR, data }).collect()
+        }
+        Change::Clone { offset, data } => {
+            let blocks = data.chunks(BLOCK as usize).map(<[u8]>::to_vec).zip(0..);
+            blocks.map(|(data, i)| Change::Clone { offset: offset + i * BLOCK, data }).collect()
+        }
         whole => vec![whole],
     }
 }

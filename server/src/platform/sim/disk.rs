@@ -1,8 +1,8 @@
 //! The simulated disk: a tree of names over files, where nothing survives a crash for certain but what was synced.
 //!
-//! Fault model: after a crash any subset of the unsynced changes is there, writes torn at 512-byte sectors, holes at
-//! blocks; names appear and vanish only as whole operations, and those not covered by a `sync_dir` in any subset.
-//! A failed datasync leaves the covered changes durable or lost for good, part by part (no later sync retries them).
+//! Fault model: after a crash any subset of the unsynced changes is there, writes torn at 512-byte sectors, holes
+//! and clones at blocks; names appear and vanish only as whole operations, and those not covered by a `sync_dir` in any
+//! subset. A failed datasync leaves the covered changes durable or lost for good, part by part (no later sync retries them).
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -53,6 +53,8 @@ pub(super) struct Disk {
     pending: Vec<PendingName>,
     next_id: u64,
     capacity: u64,
+    /// Whether files may share blocks.
+    pub(super) shares_extents: bool,
     pub(super) faults: Faults,
     pub(super) rng: SimRng,
     syncs: u64,
@@ -68,6 +70,7 @@ impl Disk {
             pending: Vec::new(),
             next_id: 0,
             capacity: CAPACITY_DEFAULT,
+            shares_extents: false,
             faults: Faults::default(),
             rng: SimRng::stream(seed, "disk"),
             syncs: 0,
@@ -97,6 +100,7 @@ impl Disk {
         fork.durable = tree(&self.durable, &mut copy);
         fork.pending = self.pending.iter().map(|p| PendingName { id: p.id, change: p.change.map(&mut copy) }).collect();
         fork.next_id = self.next_id;
+        fork.shares_extents = self.shares_extents;
         fork
     }
 

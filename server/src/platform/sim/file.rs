@@ -88,6 +88,9 @@ impl SimFile {
             Change::Write { offset, data } => {
                 [path, *offset, data.len() as u64, u64::from(crc32fast::hash(data)), struck]
             }
+            Change::Clone { offset, data } => {
+                [path, *offset, data.len() as u64, u64::from(crc32fast::hash(data)), 4 | struck]
+            }
             Change::Deallocate { offset, len } => [path, *offset, *len, 1, struck],
             Change::SetLen(len) => [path, 0, *len, 2, struck],
         }
@@ -119,6 +122,21 @@ impl File for SimFile {
 
     async fn write_shared_at(&self, offset: u64, data: Arc<AlignedBytes>, range: Range<usize>) -> io::Result<()> {
         self.write_at(offset, data[range].to_vec()).await
+    }
+
+    async fn clone_range(&self, offset: u64, source: &Self, source_offset: u64, len: u64) -> io::Result<()> {
+        check_direct(&self.path, offset, len);
+        check_direct(&source.path, source_offset, 0);
+        source.check_open()?;
+        if !self.sim.core.disk.borrow().shares_extents {
+            self.sim.yield_now().await;
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let data = source.inode.borrow().live.read(source_offset, len as usize);
+        if data.len() as u64 != len || self.inode.borrow().live.len < offset + len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.submit(Change::Clone { offset, data }).await
     }
 
     async fn datasync(&self) -> io::Result<()> {
