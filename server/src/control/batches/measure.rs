@@ -12,6 +12,9 @@ use super::super::Control;
 use super::super::problem::Answer;
 use super::lock;
 
+/// Where volumes share extents a chunk is written once, and costs a block for every further volume.
+const CLONED_PER_WRITTEN: u64 = 128;
+
 /// Measured while batches are under way.
 #[derive(Default)]
 pub(super) struct Speeds {
@@ -85,14 +88,29 @@ impl Control {
         for volume in record.volumes() {
             *volumes.entry(record.store_of(volume)).or_default() += 1;
         }
+        let loads = self.0.shards.query_all(|reply| Command::StoreLoads { snapshot: None, reply }).await?;
         let speeds = lock(&self.0.batches.speeds);
-        let share = |label: &str| self.0.stores.iter().find(|store| *store.label == *label)?.hydration_bandwidth;
-        let part = |(store, volumes): (&str, u64)| Part {
-            store: store.to_string(),
-            bytes: volumes.saturating_mul(record.data_bytes),
-            ahead_bytes: due.get(store).copied().unwrap_or_default(),
-            measured: speeds.stores.get(store).and_then(Measured::per_second),
-            share: share(store),
+        let part = |(store, volumes): (&str, u64)| {
+            let place = self.0.stores.iter().position(|known| *known.label == *store);
+            let shares = place.is_some_and(|at| loads.iter().any(|loads| loads[at].shares_extents));
+            let measured = speeds.stores.get(store).and_then(Measured::per_second);
+            let whole = Part {
+                store: store.to_string(),
+                bytes: volumes.saturating_mul(record.data_bytes),
+                ahead_bytes: due.get(store).copied().unwrap_or_default(),
+                measured,
+                share: place.and_then(|at| self.0.stores[at].hydration_bandwidth),
+            };
+            match (shares, measured) {
+                (false, _) => whole,
+                // What is cloned was measured as what it stands for, and its share was part of that.
+                (true, Some(_)) => Part { share: None, ..whole },
+                (true, None) => Part {
+                    bytes: record.data_bytes + whole.bytes / CLONED_PER_WRITTEN,
+                    ahead_bytes: whole.ahead_bytes / CLONED_PER_WRITTEN,
+                    ..whole
+                },
+            }
         };
         Ok(predict(&Work {
             volumes: record.count(),
