@@ -81,10 +81,12 @@ pub enum Mutation {
     PlaceBeforeItsBytes,
     /// A place in the base is punched while a volume is about to clone from it.
     LentPlacePunched,
+    /// Of volumes that want to hydrate the one with the latest deadline is the next.
+    LatestDeadlineFirst,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 37] = {
+    pub const ALL: [Mutation; 38] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -124,6 +126,7 @@ impl Mutation {
             SlotOfAnotherChunk,
             PlaceBeforeItsBytes,
             LentPlacePunched,
+            LatestDeadlineFirst,
         ]
     };
 }

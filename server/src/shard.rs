@@ -12,10 +12,12 @@ mod boots;
 mod caching;
 mod commands;
 mod datapath;
+mod deadlines;
 mod extents;
 mod fill_turns;
 mod fills;
 mod hydrate;
+pub mod hydration_queue;
 mod invariants;
 mod locks;
 mod manifests;
@@ -132,6 +134,8 @@ struct Inner<P: Platform, O: ObjectStore> {
     /// Bytes of chunks on their way ahead of their readers.
     ahead_bytes: Cell<u64>,
     boots: boots::Boots,
+    /// Until when batches are to be hydrated, in ms since 1970; those without a deadline are not here.
+    deadlines: RefCell<BTreeMap<u64, u64>>,
     /// Images being warmed, or that were.
     warming: RefCell<Vec<caching::Warming>>,
     in_flight: Cell<u64>,
@@ -207,6 +211,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             miss_fills: Cell::new(0),
             ahead_bytes: Cell::new(0),
             boots: boots::Boots::default(),
+            deadlines: RefCell::default(),
             warming: RefCell::default(),
             in_flight: Cell::new(0),
             stopping: Cell::new(false),

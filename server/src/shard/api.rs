@@ -211,6 +211,13 @@ pub enum Command {
         rate: HydrationRate,
         reply: ReplyTo<Result<()>>,
     },
+    /// Volumes of the batch, those there are and those to come, hydrate before those with a later deadline (ms since 1970,
+    /// UTC) within each class; `None`: after all that have one. Not durable: to be said again after a start.
+    SetDeadline {
+        batch: u64,
+        deadline_unix_ms: Option<u64>,
+        reply: ReplyTo<()>,
+    },
     /// Answered when the volume is hydrated (and that is durable), deleted, or with `DeadlineExceeded` after the timeout.
     WaitHydrated {
         name: String,

@@ -138,6 +138,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// fetched into the cache before anybody asks.
     pub(super) async fn use_boot_set(&self, snapshot: &SnapshotRef, chunks: &[u32], prefetch: bool) -> Result<()> {
         self.0.boots.put(snapshot.id, chunks.into());
+        self.rank_volumes_of(snapshot);
         if !prefetch || chunks.is_empty() {
             return Ok(());
         }

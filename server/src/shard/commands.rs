@@ -43,6 +43,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.volumes().iter().map(|volume| self.status(volume)).collect()));
             }
             Command::SetRate { name, rate, reply } => drop(reply.send(self.set_rate(&name, rate).await)),
+            Command::SetDeadline { batch, deadline_unix_ms, reply } => {
+                self.set_deadline(batch, deadline_unix_ms);
+                let _ = reply.send(());
+            }
             Command::WaitHydrated { name, timeout_ms, reply } => {
                 drop(reply.send(self.wait_hydrated(&name, Duration::from_millis(timeout_ms)).await));
             }
@@ -213,6 +217,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.end_read_ahead(&volume);
         self.0.volumes.borrow_mut().remove(&volume.spec.id);
         self.0.names.borrow_mut().remove(name);
+        self.0.stores[volume.store].queue.borrow_mut().remove(volume.spec.id);
         volume.changed.wake_all();
         volume.set_aside().await?;
         if !mutation::on(Mutation::DeletionBeforeItsName) {

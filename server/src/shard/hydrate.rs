@@ -1,4 +1,5 @@
-//! Background hydration: one hydrator per volume store, round robin over its volumes, sector order within each.
+//! Background hydration: one hydrator per volume store; [`HydrationQueue`] says which volume is next, sector order
+//! what of it.
 //!
 //! A volume gives one run of neighbouring chunks per turn; the runs in flight are bounded per store, their bytes are
 //! charged to the store's and the volume's token buckets, and work starts only while both are positive. Chunks that
@@ -6,7 +7,6 @@
 //! exponential back-off; the others go on.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use crate::shard::Shard;
 use crate::shard::base::Want;
 use crate::shard::fill_turns::FillTurns;
 use crate::shard::fills::{Fill, gathered};
+use crate::shard::hydration_queue::HydrationQueue;
 use crate::shard::residency::ResidencyMap;
 use crate::shard::signal::{Signal, within};
 use crate::shard::volume::{Volume, is_zero};
@@ -38,6 +39,8 @@ const RUNS_MAX: usize = 8;
 pub(super) const RUN_FILLS_MAX: usize = 2;
 /// Chunks of a boot set in one run: they lie anywhere, and the run's first error puts off the rest.
 const BOOT_RUN_CHUNKS: usize = 8;
+/// Volumes looked at for one run before others have their turn on the core.
+const LOOKS_MAX: usize = 64;
 /// Zero chunks made resident in one step; bounds how many chunk locks are held together.
 pub const ZERO_RUN_CHUNKS_MAX: u32 = 64;
 /// Chunks that the owners are asked for together, whether the base holds them: a look-up each, half a millisecond.
@@ -80,8 +83,7 @@ pub struct Store {
     pub(super) guest_writes: RefCell<RateMeter>,
     pub(super) hydrated: RefCell<RateMeter>,
     pub(super) wake: Signal,
-    queue: RefCell<VecDeque<VolumeId>>,
-    queued: RefCell<hashbrown::HashSet<VolumeId, ahash::RandomState>>,
+    pub(super) queue: RefCell<HydrationQueue<VolumeId>>,
     running: Cell<usize>,
 }
 
@@ -96,7 +98,6 @@ impl Store {
             hydrated: RefCell::default(),
             wake: Signal::default(),
             queue: RefCell::default(),
-            queued: RefCell::new(hashbrown::HashSet::with_hasher(ahash::RandomState::with_seeds(25, 26, 27, 28))),
             running: Cell::new(0),
         }
     }
@@ -106,6 +107,8 @@ enum Next<P: Platform> {
     Run(Rc<Volume<P>>, Run),
     /// Nothing to do before this time; `None`: before something changes.
     Wait(Option<Time>),
+    /// Many volumes had nothing to do: look again.
+    Again,
 }
 
 /// Chunks to bring, and how urgent they are.
@@ -126,19 +129,17 @@ impl Run {
 
 enum Turn {
     Run(Run),
-    /// Not now: come back at this time, or when one of its runs ends.
-    Later(Option<Time>),
-    /// Nothing left that the hydrator should do.
+    /// Not before this time.
+    Later(Time),
+    /// Nothing to do before something changes; the end of one of its runs is such a thing.
     Leave,
 }
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
-    /// Puts the volume in its store's round, if it is not there.
+    /// Something changed: the volume may have work, or more urgent work than before.
     pub(super) fn wake_hydrator(&self, volume: &Volume<P>) {
         let store = &self.0.stores[volume.store];
-        if store.queued.borrow_mut().insert(volume.spec.id) {
-            store.queue.borrow_mut().push_back(volume.spec.id);
-        }
+        store.queue.borrow_mut().put(volume.spec.id, self.rank_of(volume));
         store.wake.wake_all();
     }
 
@@ -158,6 +159,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                     within(&self.0.platform, pause, woken).await;
                 }
                 Next::Wait(None) => drop(woken.await),
+                Next::Again => self.0.platform.yield_now().await,
             }
         }
     }
@@ -168,20 +170,20 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if state.running.get() >= RUNS_MAX {
             return Next::Wait(None);
         }
-        let budget_wait = state.budget.borrow_mut().wait(now);
-        let mut earliest: Option<Time> = None;
-        let turns = state.queue.borrow().len();
-        for _ in 0..turns {
-            let Some(id) = state.queue.borrow_mut().pop_front() else { break };
+        for _ in 0..LOOKS_MAX {
+            let Some((id, rank)) = state.queue.borrow_mut().first(now) else {
+                return Next::Wait(state.queue.borrow().wakes_at());
+            };
             let Ok(volume) = self.volume(id) else {
-                state.queued.borrow_mut().remove(&id);
+                state.queue.borrow_mut().remove(id);
                 continue;
             };
-            if !budget_wait.is_zero() {
+            let wait = state.budget.borrow_mut().wait(now);
+            if !wait.is_zero() {
                 volume.hydration.borrow_mut().state = "store_budget";
-                state.queue.borrow_mut().push_front(id);
-                return Next::Wait(Some(now.after(budget_wait)));
+                return Next::Wait(Some(now.after(wait)));
             }
+            state.queue.borrow_mut().remove(id);
             let boot_set = volume.spec.snapshot.as_ref().and_then(|snapshot| self.0.boots.set_of(snapshot));
             match turn(&volume, boot_set.as_deref(), self.0.bases[store].is_usable(), now) {
                 Turn::Run(mut run) => {
@@ -189,20 +191,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                         self.charge(&volume, &manifest, &run.chunks);
                         run.charged = true;
                     }
-                    state.queue.borrow_mut().push_back(id);
+                    state.queue.borrow_mut().put(id, self.rank_of(&volume));
                     return Next::Run(volume, run);
                 }
-                Turn::Later(at) => {
-                    state.queue.borrow_mut().push_back(id);
-                    earliest = match (earliest, at) {
-                        (Some(a), Some(b)) => Some(a.min(b)),
-                        (a, b) => a.or(b),
-                    };
-                }
-                Turn::Leave => drop(state.queued.borrow_mut().remove(&id)),
+                Turn::Later(until) => state.queue.borrow_mut().sleep(id, rank, until),
+                Turn::Leave => {}
             }
         }
-        Next::Wait(earliest)
+        Next::Again
     }
 
     async fn hydrate_run(self, volume: Rc<Volume<P>>, run: Run) {
@@ -210,6 +206,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.note_run(&volume, &run.chunks, result);
         let store = &self.0.stores[volume.store];
         store.running.set(store.running.get() - 1);
+        let wants_more = !volume.deleted.get() && !volume.map.borrow().is_full();
+        if wants_more && !store.queue.borrow().contains(volume.spec.id) {
+            self.wake_hydrator(&volume);
+        }
         store.wake.wake_all();
     }
 
@@ -314,7 +314,7 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
         return Turn::Leave;
     }
     if now < hydration.not_before {
-        return Turn::Later(Some(hydration.not_before));
+        return Turn::Later(hydration.not_before);
     }
     while let Some(owed) = hydration.owed.pop_first() {
         if !map.is_chunk_resident(owed) && hydration.running.insert(owed) {
@@ -328,7 +328,7 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
     let wait = hydration.bucket.wait(now);
     if !wait.is_zero() {
         hydration.state = "rate";
-        return Turn::Later(Some(now.after(wait)));
+        return Turn::Later(now.after(wait));
     }
     // A pace is kept, whatever it costs to be faster.
     if has_base && hydration.rate == HydrationRate::Unlimited && volume.manifest().is_some() {
@@ -345,7 +345,7 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
         hydration.state = "running";
         return Turn::Run(Run::of(boot, FetchClass::BootSet));
     }
-    let Some(first) = next_chunk(volume, &map, &hydration) else { return Turn::Later(None) };
+    let Some(first) = next_chunk(volume, &map, &hydration) else { return Turn::Leave };
     let manifest = volume.manifest();
     let zero = |chunk: u32| manifest.as_ref().is_some_and(|m| is_zero(m, chunk));
     let most = match zero(first) {

@@ -38,6 +38,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Err(format!("{} bytes are on their way ahead of readers", self.0.ahead_bytes.get()));
         }
         self.0.bases.iter().try_for_each(Base::check_invariants)?;
+        for store in &self.0.stores {
+            store.queue.borrow().check()?;
+        }
         self.0.transfer.check_invariants()
     }
 

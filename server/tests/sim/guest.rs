@@ -140,6 +140,9 @@ impl Guests {
             self.count("checkpoint");
             return node.shards[self.below(node.shards.len() as u64) as usize].checkpoint_now().await;
         }
+        if self.below(40) == 0 {
+            return self.set_deadline(node).await;
+        }
         let dice = self.below(102);
         self.request(node, dice).await;
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use volley_server::shard::api::{Command, Reply, Request};
 use volley_server::types::VolumeSpec;
 
+use crate::deadlines::BATCHES;
 use crate::guest::{Guests, Session, VolumeRc};
 use crate::model::{BLOCK, Existence, Image, VolumeModel};
 use crate::node::{Node, volume_spec};
@@ -154,14 +155,16 @@ impl Guests {
         let snapshot = &self.snapshots[self.below(self.snapshots.len() as u64) as usize];
         let rng = &mut *self.rng.borrow_mut();
         let blocks = snapshot.image.bytes.len() as u64 / BLOCK;
-        match rng.below(6) {
+        let batch = Some(u64::from(self.next_name.get()) % (BATCHES + 1)).filter(|batch| *batch < BATCHES);
+        let (spec, image) = match rng.below(6) {
             0 => (volume_spec(rng, &name, (200 + blocks / 4) * BLOCK, None), None),
             1 => {
                 let blocks = blocks + 1 + rng.below(300);
                 (volume_spec(rng, &name, blocks * BLOCK, Some(snapshot)), Some(snapshot.image.clone()))
             }
             _ => (volume_spec(rng, &name, blocks * BLOCK, Some(snapshot)), Some(snapshot.image.clone())),
-        }
+        };
+        (VolumeSpec { batch, ..spec }, image)
     }
 
     pub(crate) async fn delete(&self, node: &Node, session: &Session) {

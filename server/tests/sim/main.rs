@@ -4,6 +4,7 @@
 //! A failing seed prints the command that runs it again. tools/sim runs one seed (`VOLLEY_SIM_SEED`), or fresh seeds for
 //! `VOLLEY_SIM_SECONDS` from `VOLLEY_SIM_START` in `VOLLEY_SIM_JOBS` threads; with `VOLLEY_SIM_JSON` it reports in JSON.
 
+mod deadlines;
 mod disk_cache;
 mod guest;
 mod inspector;
@@ -130,6 +131,11 @@ fn every_durable_point_of_fragments() {
 #[test]
 fn every_durable_point_of_batches() {
     points::every_durable_point(&points::BATCHES).print("crash points of batches");
+}
+
+#[test]
+fn of_volumes_that_wait_the_one_with_the_earliest_deadline_is_first() {
+    deadlines::the_earliest_is_first();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use volley_server::mutation::{self, Mutation};
 
+use crate::deadlines;
 use crate::points::{self, Scenario};
 use crate::run;
 
@@ -36,7 +37,8 @@ fn caught(mutation: Mutation) -> Option<(String, String)> {
         let text = complaint(&|| drop(points::every_durable_point(scenario)))?;
         Some((format!("crash points of {}", scenario.name), text))
     };
-    let found = seeds(0..SEEDS_FIRST).or_else(|| SCENARIOS.into_iter().find_map(points));
+    let order = || Some(("the order of deadlines".to_owned(), complaint(&deadlines::the_earliest_is_first)?));
+    let found = seeds(0..SEEDS_FIRST).or_else(|| SCENARIOS.into_iter().find_map(points)).or_else(order);
     found.or_else(|| seeds(SEEDS_FIRST..SEEDS_MAX))
 }
 
@@ -98,6 +100,7 @@ mutations! {
     slot_of_another_chunk SlotOfAnotherChunk
     place_before_its_bytes PlaceBeforeItsBytes
     lent_place_punched LentPlacePunched
+    latest_deadline_first LatestDeadlineFirst
 }
 
 /// The same runs pass when no mutation is on: what catches is the bug and not the feature.

@@ -237,6 +237,16 @@ impl Node {
         answer.recv_async().await.map_err(|_| stopping())?
     }
 
+    /// Tells the first shards of a batch's deadline; one that has stopped does not care.
+    pub async fn set_deadline(&self, batch: u64, deadline_unix_ms: Option<u64>, shards: usize) {
+        for commands in &self.commands[..shards] {
+            let (reply, answer) = flume::bounded(1);
+            if commands.send_async(Command::SetDeadline { batch, deadline_unix_ms, reply }).await.is_ok() {
+                let _ = answer.recv_async().await;
+            }
+        }
+    }
+
     /// Every volume that is there.
     pub async fn volumes(&self) -> Vec<VolumeStatus> {
         let mut all = Vec::new();

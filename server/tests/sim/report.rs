@@ -34,6 +34,7 @@ const MUST_HAPPEN: &[&str] = &[
     "checkpoint",
     "scatter",
     "take over",
+    "set deadline",
     "left early",
     "clean stop",
     "power cut",

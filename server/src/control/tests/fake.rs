@@ -317,6 +317,7 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
             let volume = volumes.get_mut(&name).ok_or(unknown(&name));
             let _ = reply.send(volume.map(|volume| volume.rate = rate.to_string()));
         }
+        Command::SetDeadline { reply, .. } => drop(reply.send(())),
         Command::WaitHydrated { name, reply, .. } => {
             let waited = find(volumes, &name).and_then(|volume| match volume.hydrated {
                 true => Ok(volume),
