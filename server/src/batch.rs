@@ -179,6 +179,13 @@ impl Record {
         matches!(self.state, State::Creating | State::Cancelling)
     }
 
+    /// There is nothing left to hydrate.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        let Milestones { hydrated_unix_ms, ended_unix_ms, .. } = self.milestones;
+        hydrated_unix_ms.or(ended_unix_ms).is_some()
+    }
+
     /// Volumes that do not exist yet may come to exist.
     #[must_use]
     pub fn is_open(&self) -> bool {

@@ -117,6 +117,20 @@ fn a_batch_is_predicted_hydrated_and_compared_and_another_is_cancelled_meanwhile
 }
 
 #[test]
+fn a_batch_that_is_due_overtakes_one_that_is_not() {
+    let site = site();
+    let config = format!("[[store]]\nlabel = \"s\"\nhydration_bandwidth = \"16MiB/s\"\npath = {:?}\n", site.path("s"));
+    let node = site.start(&NodeOptions { config, default_rate: "unlimited", ..NodeOptions::default() });
+    let whenever = id(&node.json(&site, &create("40", "slow-", &[])));
+    eventually("it has begun", || number(&show(&node, &site, &whenever), "resident_bytes") > MIB);
+    let due = id(&node.json(&site, &create("2", "vm-", &["--deadline", "60s"])));
+    node.volley(&site, &["batch", "watch", &due, "--timeout", "60s"]).success();
+    let (due, whenever) = (show(&node, &site, &due), show(&node, &site, &whenever));
+    assert_eq!(due["deadline_met"], true, "{due}");
+    assert_eq!((&whenever["state"], number(&whenever, "volumes_hydrated")), (&"created".into(), 0), "{whenever}");
+}
+
+#[test]
 fn a_batch_attached_by_a_host_is_cancelled_by_force_only() {
     let site = site();
     let node = site.start_default();

@@ -174,6 +174,7 @@ impl Control {
         }
         let snapshot = record.request.snapshot.as_deref().unwrap_or("none");
         tracing::info!(batch = record.id_text(), volumes = record.count(), snapshot, "batch: admitted");
+        self.announce(&record).await?;
         let volumes = record.volumes().collect();
         let entry = self.0.batches.insert(record);
         self.start_work(&entry, Some(volumes));

@@ -238,7 +238,7 @@ impl Control {
 
     /// Notes durably when batches reach their milestones, and measures what estimates are made of. For ever.
     pub(in crate::control) async fn keep_batches(&self) {
-        self.resume_batches();
+        self.resume_batches().await;
         loop {
             tokio::time::sleep(WATCH_PERIOD).await;
             if let Err(problem) = self.watch_batches().await {
@@ -257,9 +257,12 @@ impl Control {
         let created: Vec<Arc<Entry>> = watched.into_iter().filter(|entry| entry.state() == State::Created).collect();
         let totals = self.batch_totals().await?;
         for entry in created {
-            let now = unix_ms();
-            let id = entry.record().id();
-            self.0.batches.update(&entry, |record| note_milestones(record, totals.get(&id), now)).await?;
+            let (before, now) = (entry.record(), unix_ms());
+            self.0.batches.update(&entry, |record| note_milestones(record, totals.get(&before.id()), now)).await?;
+            let record = entry.record();
+            if record.is_done() && !before.is_done() {
+                self.announce(&record).await?;
+            }
         }
         self.0.batches.prune();
         Ok(())

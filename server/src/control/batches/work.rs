@@ -31,10 +31,26 @@ struct Failures {
 }
 
 impl Control {
+    /// Tells the shards when the batch is due, before they know a volume of it; that it is due no more when it is done.
+    pub(super) async fn announce(&self, record: &Record) -> Result<(), Error> {
+        if record.deadline_unix_ms().is_none() {
+            return Ok(());
+        }
+        let (batch, deadline_unix_ms) = (record.id(), record.deadline_unix_ms().filter(|_| !record.is_done()));
+        let told = self.0.shards.query_all(|reply| Command::SetDeadline { batch, deadline_unix_ms, reply });
+        told.await.map(drop)
+    }
+
     /// Goes on with every batch that a restart interrupted.
-    pub(super) fn resume_batches(&self) {
+    pub(super) async fn resume_batches(&self) {
         for entry in self.0.batches.all() {
-            if lock(&entry.record).is_working() {
+            let record = entry.record();
+            if !record.is_done()
+                && let Err(error) = self.announce(&record).await
+            {
+                tracing::warn!(batch = record.id_text(), %error, "batch: its deadline is not known to all shards");
+            }
+            if record.is_working() {
                 tracing::info!(batch = entry.record().id_text(), state = ?entry.state(), "batch: going on");
                 self.start_work(&entry, None);
             }
@@ -251,6 +267,7 @@ impl Control {
             record.milestones.ended_unix_ms = Some(unix_ms());
         };
         self.0.batches.update(entry, ended).await?;
+        self.announce(&entry.record()).await?;
         tracing::info!(batch = record.id_text(), volumes = volumes.len(), "batch: cancelled");
         self.0.upkeep_due.notify_one();
         Ok(())

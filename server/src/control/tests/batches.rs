@@ -46,6 +46,8 @@ fn a_batch_is_admitted_made_and_followed() {
     );
     assert_eq!(created["volumes_boot_set_resident"], 0);
     assert!(created["actual"]["created_seconds"].is_number() && created["deadline_met"].is_null(), "{created}");
+    let due = answer.1["deadline_unix_ms"].as_u64();
+    assert_eq!((node.deadlines(), due.is_some()), (vec![due; 3], true));
     let names = node.names();
     assert_eq!(names.len(), 1000);
     assert!(names.contains(&"web-5".to_string()) && names.contains(&"web-1004".to_string()));
@@ -59,6 +61,7 @@ fn a_batch_is_admitted_made_and_followed() {
     let hydrated = until(&node, &id, "hydrated");
     assert_eq!((&hydrated["deadline_met"], &hydrated["volumes_boot_set_resident"]), (&json!(true), &json!(1000)));
     assert!(hydrated["actual"]["boot_set_seconds"].is_number(), "{hydrated}");
+    node.until("it is due no more", || node.deadlines() == [None; 3]);
     let (_, list) = node.get("/v1/batches");
     assert_eq!(list["batches"].as_array().unwrap().len(), 1);
     let events = node.text(&format!("/v1/batches/{id}/events")).1;
@@ -217,6 +220,7 @@ fn a_batch_that_was_interrupted_is_completed_and_a_cancelled_one_stays_gone() {
             name_prefix: prefix.to_string(),
             count: 300,
             snapshot: Some("debian".to_string()),
+            deadline_seconds: Some(1 << 40),
             ..Request::default()
         };
         let common = Common {
@@ -239,6 +243,7 @@ fn a_batch_that_was_interrupted_is_completed_and_a_cancelled_one_stays_gone() {
         std::fs::write(data.join("batches/0000000000000004.toml"), "format = 1\nhalf a fi").unwrap();
     });
     let created = until(&node, "0000000000000001", "created");
+    assert!(node.deadlines().contains(&created["deadline_unix_ms"].as_u64()), "told again after the start");
     assert_eq!(created["volumes"], 300);
     until(&node, "0000000000000002", "cancelled");
     assert_eq!(until(&node, "0000000000000003", "stalled")["volumes_failed"], 300);

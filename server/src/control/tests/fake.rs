@@ -47,6 +47,8 @@ struct World {
     volumes: Vec<BTreeMap<String, VolumeStatus>>,
     objects: Objects,
     fault: Option<Fault>,
+    /// By shard and batch.
+    deadlines: BTreeMap<(usize, u64), Option<u64>>,
     /// Free GiB of stores that have not 100 TiB.
     free_gib: BTreeMap<String, u64>,
 }
@@ -184,6 +186,11 @@ impl Node {
         self.shared.world.lock().unwrap().fault = Some(fault);
     }
 
+    /// What the shards were told of when batches are due.
+    pub(super) fn deadlines(&self) -> Vec<Option<u64>> {
+        self.shared.world.lock().unwrap().deadlines.values().copied().collect()
+    }
+
     pub(super) fn mend(&self) {
         self.shared.world.lock().unwrap().fault = None;
     }
@@ -288,6 +295,10 @@ fn serve_shard(shared: &Shared, shard: usize, shards: usize, commands: &flume::R
             Command::Objects { op, reply } => {
                 let _ = reply.send(object_op(&mut world, op));
             }
+            Command::SetDeadline { batch, deadline_unix_ms, reply } => {
+                world.deadlines.insert((shard, batch), deadline_unix_ms);
+                let _ = reply.send(());
+            }
             other => volume_command(&mut world.volumes[shard], shard, other),
         }
         shared.changed.notify_all();
@@ -317,7 +328,6 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
             let volume = volumes.get_mut(&name).ok_or(unknown(&name));
             let _ = reply.send(volume.map(|volume| volume.rate = rate.to_string()));
         }
-        Command::SetDeadline { reply, .. } => drop(reply.send(())),
         Command::WaitHydrated { name, reply, .. } => {
             let waited = find(volumes, &name).and_then(|volume| match volume.hydrated {
                 true => Ok(volume),
@@ -340,7 +350,9 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         }
         Command::UseBootSet { reply, .. } => drop(reply.send(Ok(()))),
         Command::TakeBoots { reply } => drop(reply.send(Vec::new())),
-        Command::Objects { .. } | Command::Stop { .. } => unreachable!("handled by the caller"),
+        Command::Objects { .. } | Command::SetDeadline { .. } | Command::Stop { .. } => {
+            unreachable!("handled by the caller")
+        }
     }
 }
 
