@@ -27,6 +27,7 @@ use crate::object_store::any::StoreChoice;
 use crate::object_store::s3::Environment;
 use crate::platform::glommio::{Resolver, kernel_random_u64};
 use crate::shard::api::{Command, ShardMap};
+use crate::shard::harm::HarmConfig;
 use crate::shard::mesh::Mesh;
 use crate::shard::{ShardConfig, StoreConfig};
 use crate::transfer::{GateLimits, QueueLimits, RetryPolicy};
@@ -60,6 +61,7 @@ pub struct NodeConfig {
     pub cache_bytes: u64,
     pub pin_waves: Duration,
     pub boot_window: Duration,
+    pub harm: HarmConfig,
     /// Disk cache of the whole node.
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
@@ -104,6 +106,7 @@ impl NodeConfig {
             cache_bytes: config.cache.ram_bytes.0,
             pin_waves: config.cache.pin_waves.0,
             boot_window: config.hydration.boot_window.0,
+            harm: HarmConfig { bound_percent: config.hydration.guest_p99_bound.0, floor: config.hydration.floor.0 },
             disk_cache: config.disk_cache(),
             guest_deadline: config.deadlines.guest_read.0,
             retry: RetryPolicy {
@@ -313,6 +316,7 @@ fn shard_config(
         cache_bytes: usize::try_from(config.cache_bytes).unwrap_or(usize::MAX) / shards,
         pin_waves: config.pin_waves,
         boot_window: config.boot_window,
+        harm: config.harm,
         disk_cache: config.disk_cache.clone(),
         guest_deadline: config.guest_deadline,
         retry: config.retry,

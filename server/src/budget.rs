@@ -25,6 +25,20 @@ impl TokenBucket {
         TokenBucket { per_second, burst, tokens_nanos: i128::from(burst) * NANOS as i128, at: now }
     }
 
+    /// Another rate and burst from now on; what is there or owed stays, up to the burst.
+    pub fn set_rate(&mut self, per_second: Option<u64>, burst: u64, now: Time) {
+        if (per_second, burst) == (self.per_second, self.burst) {
+            return;
+        }
+        self.refill(now);
+        let unlimited = self.per_second.is_none();
+        self.burst = burst;
+        let ceiling = i128::from(self.burst) * NANOS as i128;
+        // What was moved while there was no limit is not owed.
+        self.tokens_nanos = if unlimited { ceiling } else { self.tokens_nanos.min(ceiling) };
+        (self.per_second, self.at) = (per_second, self.at.max(now));
+    }
+
     fn refill(&mut self, now: Time) {
         let Some(rate) = self.per_second else { return };
         let nanos = now.since(self.at).as_nanos();
@@ -155,6 +169,32 @@ mod tests {
             bucket.charge(debt, Time(0));
             let wait = bucket.wait(Time(0));
             prop_assert_eq!(bucket.take(1, Time(0).after(wait)), Ok(()));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_rate_that_changes_holds_while_it_does(
+            steps in prop::collection::vec((prop::option::of(1_u64..1_000_000), 0_u64..2_000_000_000), 1..100)
+        ) {
+            let (mut bucket, mut now) = (TokenBucket::new(Some(1000), Time(0)), 0_u64);
+            for (rate, span) in steps {
+                let burst = rate.unwrap_or(0) / 7 + 1;
+                bucket.set_rate(rate, burst, Time(now));
+                let (end, mut taken) = (now + span, 0_u64);
+                // As much as it gives, one unit in a thousandth of the rate each time.
+                let unit = rate.unwrap_or(1000) / 1000 + 1;
+                while now < end && taken < 100_000 * unit {
+                    match bucket.take(unit, Time(now)) {
+                        Ok(()) => taken += unit,
+                        Err(wait) => now = Time(now).after(wait).0,
+                    }
+                    if rate.is_none() { break }
+                }
+                let allowed = rate.map(|rate| u128::from(rate) * u128::from(span) / 1_000_000_000 + u128::from(burst + 2 * unit));
+                prop_assert!(allowed.is_none_or(|allowed| u128::from(taken) <= allowed), "{taken} of {allowed:?}");
+                now = now.max(end);
+            }
         }
     }
 

@@ -3,7 +3,9 @@
 //! Unknown keys are errors, and `volleyd --print-config` writes out every key, so a typing error can't silently leave
 //! a default in force. `docs/config.md` describes the keys for operators.
 
+mod bandwidth;
 mod cache;
+mod isolation;
 mod print;
 mod store;
 mod transfer;
@@ -16,7 +18,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
+pub use bandwidth::Bandwidth;
 pub use cache::{CACHE_RAM_BYTES_MIN, CacheConfig};
+pub use isolation::{Floor, GuestBound};
 pub use store::{BASE_PERCENT_DEFAULT, BASE_PERCENT_MAX, StoreConfig};
 pub use transfer::TransferConfig;
 
@@ -25,6 +29,7 @@ use crate::datadir::CACHE_DIR;
 use crate::object_store::ObjectStoreUrl;
 use crate::object_store::s3::S3Config;
 use crate::placement::Overcommit;
+use crate::shard::harm::HarmConfig;
 use crate::transfer::{QueueLimits, RetryPolicy};
 use crate::types::HydrationRate;
 use crate::units::{ByteSize, Span};
@@ -76,6 +81,10 @@ pub struct HydrationConfig {
     pub read_bytes_max: ByteSize,
     /// What a volume's guest touches within this of its first attachment is its boot; 0s: none is recorded.
     pub boot_window: Span,
+    /// How much longer than without hydration guests' I/O may take.
+    pub guest_p99_bound: GuestBound,
+    /// What hydration of a store may write whatever guests feel.
+    pub floor: Floor,
 }
 
 /// Where volumes go.
@@ -107,10 +116,6 @@ pub struct RetryConfig {
     /// How often a chunk that fails its digest is fetched again.
     pub corrupt_attempts: u32,
 }
-
-/// A budget in bytes per second; `None` is unlimited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Bandwidth(pub Option<u64>);
 
 /// Where a data port listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,13 +179,15 @@ impl Default for Config {
 
 impl Default for HydrationConfig {
     fn default() -> HydrationConfig {
-        let limits = QueueLimits::default();
+        let (limits, harm) = (QueueLimits::default(), HarmConfig::default());
         HydrationConfig {
             default_rate: HydrationRate::Unlimited,
             reads_max: limits.gate.gets_max,
             background_reads_max: limits.gate.gets_background_max,
             read_bytes_max: ByteSize(limits.get_bytes_max),
             boot_window: Span(Duration::from_secs(60)),
+            guest_p99_bound: GuestBound(harm.bound_percent),
+            floor: Floor(harm.floor),
         }
     }
 }
@@ -429,35 +436,6 @@ impl fmt::Display for ListenAddr {
 
 impl<'de> Deserialize<'de> for ListenAddr {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ListenAddr, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl FromStr for Bandwidth {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Bandwidth, String> {
-        match text.parse::<HydrationRate>()? {
-            HydrationRate::Unlimited => Ok(Bandwidth(None)),
-            HydrationRate::BytesPerSecond(bytes) => Ok(Bandwidth(Some(bytes))),
-            HydrationRate::None => {
-                Err("a store without hydration bandwidth never hydrates: write unlimited".to_string())
-            }
-        }
-    }
-}
-
-impl fmt::Display for Bandwidth {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(bytes) => write!(f, "{}/s", ByteSize(bytes)),
-            None => f.write_str("unlimited"),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Bandwidth {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bandwidth, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }

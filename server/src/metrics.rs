@@ -15,7 +15,7 @@ use std::path::Path;
 use crate::datadir::Store;
 use crate::histogram::HistogramCounts;
 use crate::platform::SpaceInfo;
-use crate::shard::api::{ShardStats, StoreSharing};
+use crate::shard::api::{ShardStats, StoreSharing, StoreStats};
 
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -115,8 +115,8 @@ pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], of_process: &[Metric
         s.volumes_attached
     });
     shard_gauge(&mut out, stats, "volley_connections", "Open connections to the data port.", |s| s.connections);
-    reported(&mut out, stats, "counter", |s| &s.counters);
-    reported(&mut out, stats, "gauge", |s| &s.gauges);
+    reported(&mut out, stats, "counter", |s| &s.counters, |s| &s.counters);
+    reported(&mut out, stats, "gauge", |s| &s.gauges, |s| &s.gauges);
     histograms(&mut out, stats);
     let of_store = |value: &dyn Fn(&StoreGauges) -> u64| {
         stores.iter().map(|s| (format!("store=\"{}\"", escape(&s.label)), value(s))).collect::<Vec<_>>()
@@ -139,20 +139,39 @@ fn shard_gauge(out: &mut String, stats: &[ShardStats], name: &str, help: &str, v
     family(out, name, "gauge", help, stats.iter().map(|s| (shard_label(s), value(s))));
 }
 
+/// Name, help text and value of what a shard reports.
+type Values = Vec<(&'static str, &'static str, u64)>;
+
+/// What shards and their stores report, each with its labels.
+fn with_stores<T>(
+    stats: &[ShardStats],
+    of: fn(&ShardStats) -> &T,
+    of_store: fn(&StoreStats) -> &T,
+) -> Vec<(String, &T)> {
+    let mut all = Vec::new();
+    for shard in stats {
+        all.push((shard_label(shard), of(shard)));
+        let label = |store: &StoreStats| format!("{},store=\"{}\"", shard_label(shard), escape(&store.store));
+        all.extend(shard.stores.iter().map(|store| (label(store), of_store(store))));
+    }
+    all
+}
+
 /// What the shards report by name, which may carry labels of its own: one family per name over all shards.
 fn reported(
     out: &mut String,
     stats: &[ShardStats],
     kind: &str,
-    of: fn(&ShardStats) -> &Vec<(&'static str, &'static str, u64)>,
+    of: fn(&ShardStats) -> &Values,
+    of_store: fn(&StoreStats) -> &Values,
 ) {
     type Samples = Vec<(String, u64)>;
     let mut families: BTreeMap<&str, (&str, Samples)> = BTreeMap::new();
-    for shard in stats {
-        for (name, help, value) in of(shard) {
+    for (prefix, values) in with_stores(stats, of, of_store) {
+        for (name, help, value) in values {
             let (name, labels) = match name.split_once('{') {
-                Some((name, labels)) => (name, format!("{},{}", shard_label(shard), labels.trim_end_matches('}'))),
-                None => (*name, shard_label(shard)),
+                Some((name, labels)) => (name, format!("{prefix},{}", labels.trim_end_matches('}'))),
+                None => (*name, prefix.clone()),
             };
             families.entry(name).or_insert((help, Vec::new())).1.push((labels, *value));
         }
@@ -166,10 +185,10 @@ fn reported(
 fn histograms(out: &mut String, stats: &[ShardStats]) {
     type Series<'a> = Vec<(String, &'a HistogramCounts)>;
     let mut families: BTreeMap<&str, (&str, Series)> = BTreeMap::new();
-    for shard in stats {
-        for (name, help, counts) in &shard.histograms {
+    for (prefix, values) in with_stores(stats, |s| &s.histograms, |s| &s.histograms) {
+        for (name, help, counts) in values {
             let (name, labels) = name.split_once('{').unwrap_or((name, ""));
-            let labels = format!("{},{}", shard_label(shard), labels.trim_end_matches('}'));
+            let labels = format!("{prefix},{}", labels.trim_end_matches('}'));
             families.entry(name).or_insert((help, Vec::new())).1.push((labels, counts));
         }
     }
@@ -265,7 +284,13 @@ mod tests {
                 ("frames_refused_total{reason=\"body\"}", "Frames refused.", 3),
             ],
             gauges: vec![("cache_ram_bytes", "Bytes of chunks in RAM.", 4096)],
-            histograms: vec![("fetch_stage_seconds{stage=\"queue\"}", "Stages.", spans)],
+            histograms: vec![("fetch_stage_seconds{stage=\"queue\"}", "Stages.", spans.clone())],
+            stores: vec![StoreStats {
+                store: "nvme \"0\"".to_string(),
+                counters: vec![("store_class_bytes_total{class=\"guest\"}", "Bytes.", 9)],
+                gauges: vec![("store_volumes_asleep", "Volumes.", 2)],
+                histograms: vec![("store_class_wait_seconds{class=\"priority\"}", "Waits.", spans)],
+            }],
             ..ShardStats::default()
         }
     }
@@ -292,6 +317,13 @@ mod tests {
             "_count{shard=\"1\",stage=\"queue\"} 3",
         ] {
             assert!(text.contains(&format!("volley_fetch_stage_seconds{line}\n")), "{line} in {text}");
+        }
+        for line in [
+            r#"volley_store_class_bytes_total{shard="1",store="nvme \"0\"",class="guest"} 9"#,
+            r#"volley_store_volumes_asleep{shard="0",store="nvme \"0\""} 2"#,
+            r#"volley_store_class_wait_seconds_count{shard="1",store="nvme \"0\"",class="priority"} 3"#,
+        ] {
+            assert!(text.contains(&format!("{line}\n")), "{line} in {text}");
         }
         assert!(text.contains("volley_store_free_bytes{store=\"a\\\"b\"} 5\n"), "{text}");
         assert!(text.contains("volley_process_start_time_seconds 1.5\n"), "{text}");

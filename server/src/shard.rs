@@ -16,9 +16,11 @@ mod deadlines;
 mod extents;
 mod fill_turns;
 mod fills;
+pub mod harm;
 mod hydrate;
 pub mod hydration_queue;
 mod invariants;
+mod latencies;
 mod locks;
 mod manifests;
 pub mod mesh;
@@ -28,6 +30,7 @@ pub mod residency;
 pub(crate) mod signal;
 pub mod stats;
 mod store_loads;
+mod store_stats;
 mod upkeep;
 mod volume;
 
@@ -55,6 +58,8 @@ use attach::attach_info;
 pub use base::BASE_DIR;
 use base::Base;
 use datapath::Claim;
+use fill_turns::FillTurns;
+use harm::HarmConfig;
 use hydrate::Store;
 use manifests::Manifests;
 use mesh::{Mesh, MeshMessage};
@@ -102,6 +107,8 @@ pub struct ShardConfig {
     pub fetch_limits: QueueLimits,
     /// How far ahead of a guest that reads in order absent chunks are fetched; 0: not at all.
     pub readahead_bytes_max: u64,
+    /// What hydration may do to guests.
+    pub harm: HarmConfig,
     /// What a volume's guest touches within this of its first attachment is its boot; zero: none is recorded.
     pub boot_window: Duration,
     /// Guest reads that take longer are logged with their stages.
@@ -184,7 +191,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let now = platform.now();
         let stores = config.stores.iter().map(|store| {
             let share = store.hydration_bandwidth.map(|bytes| (bytes / shares).max(1));
-            Store::new(store.label.clone(), store.path.join("volumes"), TokenBucket::new(share, now))
+            let fills = FillTurns::new(config.harm.limits(store.hydration_bandwidth, shares), now);
+            Store::new(store.label.clone(), store.path.join("volumes"), TokenBucket::new(share, now), fills)
         });
         let bases = config.stores.iter().map(|store| {
             let bytes = if config.fetch_limits.share { store.base_bytes / shares } else { 0 };

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::config::{Floor, GuestBound};
 use crate::placement::Overcommit;
 use crate::types::HydrationRate;
 
@@ -210,7 +211,7 @@ macro_rules! serde_through_text {
     )*};
 }
 
-serde_through_text!(ByteSize, Span, HydrationRate, Overcommit);
+serde_through_text!(ByteSize, Span, HydrationRate, Overcommit, GuestBound, Floor);
 
 #[cfg(test)]
 mod tests {

@@ -2,12 +2,14 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use support::{CHUNK, Image, Node, Options, image};
 use volley_server::platform::Platform;
-use volley_server::platform::sim::{SimObjects, SimWorld};
-use volley_server::shard::api::Command;
+use volley_server::platform::sim::{DiskOp, SimObjects, SimWorld};
+use volley_server::shard::api::{AttachInfo, Command};
+use volley_server::shard::harm::HarmConfig;
 use volley_server::types::{HydrationRate, VolumeSpec};
 
 /// Two runs of a volume and a bit.
@@ -126,4 +128,107 @@ fn what_a_guest_missed_comes_before_any_deadline() {
         assert!(resident(&node, "alone").await <= 2 * u64::from(CHUNK), "only that of it");
         node.stop().await;
     });
+}
+
+/// A disk that guests feel fills on: above this many bytes per second of them reads take ten times as long.
+const HARMLESS: u64 = 8 << 20;
+const FLOOR: u64 = 1 << 20;
+const LOOK: Duration = Duration::from_millis(5);
+
+fn read_latency(world: &SimWorld, harmed: bool) {
+    let us = if harmed { 3000..3300 } else { 300..330 };
+    world.heal_disk();
+    world.slow_disk("/node/store", DiskOp::Read, Duration::from_micros(us.start)..Duration::from_micros(us.end));
+    world.slow_disk("/node/store", DiskOp::Write, Duration::from_millis(40)..Duration::from_millis(42));
+}
+
+/// Reads one volume again and again until told to stop.
+async fn guest(node: &Node, volume: &AttachInfo, stop: &Cell<bool>) {
+    let mut at = 0;
+    while !stop.get() {
+        node.read(volume, at % (u64::from(CHUNK) * 64), 4096).await.expect("read");
+        at += 4096;
+    }
+}
+
+/// Makes reads slow while fills are fast, or at all times.
+async fn disk(lab: &Lab, node: &Node, always: &Cell<bool>, stop: &Cell<bool>) {
+    let mut filled = node.counter(0, "filled_bytes_total").await;
+    let mut lately = std::collections::VecDeque::new();
+    while !stop.get() {
+        node.platform.sleep(LOOK).await;
+        let now = node.counter(0, "filled_bytes_total").await;
+        lately.push_back(now - std::mem::replace(&mut filled, now));
+        if lately.len() > 10 {
+            lately.pop_front();
+        }
+        let per_second = lately.iter().sum::<u64>() * 1000 / (lately.len() as u64 * LOOK.as_millis() as u64);
+        read_latency(&lab.world, always.get() || per_second > HARMLESS);
+    }
+}
+
+/// Bytes per second that hydration fills from the third to the thirteenth second of a guest's reads, with what it had to
+/// slow down; and that everything is hydrated soon when the guest has left.
+fn beside_a_guest(harm: HarmConfig, slow_by_itself: bool) -> (u64, u64) {
+    let lab = Lab::new(3);
+    let (stop, slow, figures) = (Cell::new(false), Cell::new(false), Cell::new((0, 0)));
+    lab.world.block_on(async {
+        let node = lab.node(Options { harm, ..Options::default() }).await;
+        read_latency(&lab.world, false);
+        lab.create(&node, "guest", None).await;
+        node.wait_hydrated("guest").await.expect("hydrated");
+        let volume = node.attach("guest").await.expect("attached");
+        let names: Vec<String> = (0..20).map(|n| format!("vm-{n}")).collect();
+        let rest = async {
+            // Until now the guest was alone: that is its baseline.
+            node.platform.sleep(Duration::from_secs(2)).await;
+            slow.set(slow_by_itself);
+            for name in &names {
+                lab.create(&node, name, None).await;
+            }
+            node.platform.sleep(Duration::from_secs(3)).await;
+            let before = node.counter(0, "filled_bytes_total").await;
+            node.platform.sleep(Duration::from_secs(10)).await;
+            let filled = node.counter(0, "filled_bytes_total").await - before;
+            assert!(
+                node.status(&names[19]).await.expect("a volume").remaining_bytes > 0,
+                "nothing was left to measure"
+            );
+            figures.set((filled / 10, node.of_store(0, "store_hydration_slow_downs_total").await));
+            let limit = node.of_store(0, "store_hydration_limit_bytes_per_second").await;
+            let floor = node.of_store(0, "store_hydration_floor_bytes_per_second").await;
+            assert!(harm.bound_percent.is_none() || limit >= floor, "{limit} < {floor}");
+            stop.set(true);
+        };
+        futures::join!(guest(&node, &volume, &stop), disk(&lab, &node, &slow, &stop), rest);
+        let begun = node.platform.now();
+        for name in &names {
+            node.wait_hydrated(name).await.expect("hydrated");
+        }
+        let took = node.platform.now().since(begun);
+        assert!(took < Duration::from_secs(20), "{took:?} after the guest has left");
+        let background = node.of_store(0, "store_class_bytes_total{class=\"background\"}").await;
+        assert_eq!(background, 21 * u64::from(CHUNKS * CHUNK), "every byte on its class's account");
+        node.stop().await;
+    });
+    figures.get()
+}
+
+#[test]
+fn hydration_keeps_below_what_guests_feel_and_above_its_floor() {
+    let harm = |bound_percent| HarmConfig { bound_percent, floor: Some(FLOOR) };
+    let (free, _) = beside_a_guest(harm(None), false);
+    let (careful, slow_downs) = beside_a_guest(harm(Some(120)), false);
+    println!("hydration beside a guest: {free} bytes/s without a bound, {careful} with one, {slow_downs} slow-downs");
+    assert!(free > HARMLESS * 3 / 2, "the test's disk is too slow: {free}");
+    assert!(slow_downs > 0);
+    assert!(careful < HARMLESS * 3 / 2, "{careful} bytes per second");
+    assert!(careful > FLOOR * 9 / 10, "{careful} bytes per second");
+}
+
+#[test]
+fn a_disk_that_is_slow_by_itself_starves_nobody() {
+    let (rate, _) = beside_a_guest(HarmConfig { bound_percent: Some(120), floor: Some(FLOOR) }, true);
+    println!("hydration beside a slow disk: {rate} bytes/s");
+    assert!(rate > FLOOR * 9 / 10, "{rate} bytes per second");
 }

@@ -90,6 +90,11 @@ read_bytes_max = "{read_bytes_max}"
 # What a volume's guest touches within this of its first attachment is its boot. Boots are learned from, and later volumes
 # of the image hydrate first what boots touch. "0s": none is recorded.
 boot_window = "{boot_window}"
+# While guests use a store its hydration slows down as long as the p99 of their I/O there is over the bound times what it is
+# without hydration. "none": their latency is not looked at. The floor is what hydration of a store may write all the same:
+# "auto" is 5% of its hydration_bandwidth, or 4MiB/s where that has no limit.
+guest_p99_bound = "{guest_p99_bound}"
+floor = "{floor}"
 
 # The object store as the whole node uses it; every shard has an equal share.
 [transfer]
@@ -137,6 +142,8 @@ corrupt_attempts = {corrupt_attempts}
         background_reads_max = hydration.background_reads_max,
         read_bytes_max = hydration.read_bytes_max,
         boot_window = hydration.boot_window,
+        guest_p99_bound = hydration.guest_p99_bound,
+        floor = hydration.floor,
         share = transfer.share,
         bandwidth = transfer.bandwidth,
         gets_per_second = transfer.gets_per_second,

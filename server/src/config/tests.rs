@@ -50,6 +50,8 @@ fn printing_covers_every_key() {
             background_reads_max: 2,
             read_bytes_max: ByteSize(8 << 20),
             boot_window: Span(Duration::from_secs(9)),
+            guest_p99_bound: GuestBound(Some(175)),
+            floor: Floor(Some(7 << 20)),
         },
         transfer: TransferConfig {
             share: false,
@@ -108,6 +110,8 @@ fn bad_values_name_their_line() {
         "listen = \"7400\"",
         "[cache]\nram_bytes = \"lots\"",
         "[deadlines]\nguest_read = \"30\"",
+        "[hydration]\nguest_p99_bound = \"0.9\"",
+        "[hydration]\nfloor = \"0/s\"",
         "[[store]]\npath = \"/a\"",
         "= 1",
     ] {

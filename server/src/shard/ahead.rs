@@ -10,8 +10,10 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
 use crate::shard::base::Want;
+use crate::shard::fill_turns::FillTurn;
 use crate::shard::fills::{Arrived, Fill, gathered};
 use crate::shard::hydrate::{RUN_FILLS_MAX, stretch_of};
+use crate::shard::hydration_queue::Class;
 use crate::shard::volume::{Volume, is_zero};
 use crate::transfer::FetchClass;
 
@@ -80,7 +82,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                     Fill::Data(chunk, fetched) => self.may_fill(volume, *chunk, Some(fetched.data.len() as u64)),
                     Fill::Zero(_) | Fill::Run(..) => true,
                 };
-                if may && let Err(error) = self.fill(volume, fill, FetchClass::ReadAhead).await {
+                if may && let Err(error) = self.fill(volume, fill, FillTurn::Admitted(Class::Priority)).await {
                     chunks.clone().for_each(|chunk| self.owe(volume, chunk, &error));
                 }
             }

@@ -350,6 +350,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             gauges,
             histograms: self.0.stages.snapshot(),
             sharing: self.sharing(),
+            stores: self.store_stats(),
             snapshots_needed,
             events: self.0.counters.events(),
         }

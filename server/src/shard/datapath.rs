@@ -17,6 +17,7 @@ use crate::shard::Shard;
 use crate::shard::api::{ConnectionId, Reply};
 use crate::shard::base::{Supplied, Want};
 use crate::shard::fills::Content;
+use crate::shard::harm::GuestIo;
 use crate::shard::locks::Mode;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::residency::SectorRange;
@@ -186,9 +187,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     async fn read_resident(&self, volume: &Volume<P>, range: ByteRange, out: &mut [u8]) -> Result<()> {
         let sectors = range.sectors();
-        self.note_guest_io(volume);
-        let buf = volume.read_sectors(sectors).await?;
-        self.note_guest_io(volume);
+        let buf = {
+            let _io = self.guest_io(volume, GuestIo::read(range.len), range.len);
+            volume.read_sectors(sectors).await?
+        };
         let from = (range.offset - sectors.start * SECTOR) as usize;
         out.copy_from_slice(&buf[from..from + out.len()]);
         Ok(())
@@ -294,9 +296,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     async fn finish_write(&self, volume: &Rc<Volume<P>>, fua: bool) -> Result<Reply> {
         if fua && !mutation::on(Mutation::FuaIgnored) {
-            volume.sync(&self.0.journal, &self.0.counters).await?;
+            self.sync_for_guest(volume).await?;
         }
         Ok(Reply::Done)
+    }
+
+    async fn sync_for_guest(&self, volume: &Rc<Volume<P>>) -> Result<()> {
+        // What costs nothing says nothing of the disk.
+        let _io = volume.needs_sync().then(|| self.guest_io(volume, GuestIo::Flush, 0));
+        volume.sync(&self.0.journal, &self.0.counters).await
     }
 
     /// Writes `data` (`None`: zeroes) to a range of any alignment to 512 bytes.
@@ -353,9 +361,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Some(data) => target.copy_from_slice(data),
             None => target.fill(0),
         }
-        self.note_guest_io(volume);
-        volume.write_sectors(sectors.start, buf).await?;
-        self.note_guest_io(volume);
+        {
+            let _io = self.guest_io(volume, GuestIo::write(range.len), range.len);
+            volume.write_sectors(sectors.start, buf).await?;
+        }
         volume.map.borrow_mut().mark_written(sectors);
         self.note_dirty(volume);
         volume.note_change();
@@ -437,7 +446,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let volume = self.writer(claim)?;
         self.0.counters.guest_flushes.add(1);
         volume.counters.flushes.add(1);
-        volume.sync(&self.0.journal, &self.0.counters).await?;
+        self.sync_for_guest(&volume).await?;
         Ok(Reply::Done)
     }
 }

@@ -12,10 +12,13 @@ use futures::stream::{self, Stream};
 use crate::cache::ChunkData;
 use crate::error::{Error, Result};
 use crate::object_store::ObjectStore;
-use crate::platform::{Platform, Queue};
+use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
 use crate::shard::base::{Place, Supplied, Supply, Want};
 use crate::shard::fill_turns::FillTurn;
+use crate::shard::harm::GuestIo;
+use crate::shard::hydrate::Store;
+use crate::shard::hydration_queue::Class;
 use crate::shard::signal::within;
 use crate::shard::volume::Volume;
 use crate::transfer::{ChunkSource, FetchClass, Fetched, Story};
@@ -161,6 +164,21 @@ async fn arrived(chunk: u32, answer: Supplied) -> Arrived {
     }
 }
 
+/// A guest's I/O while the disk has it.
+pub(super) struct AtTheDisk<'a, P: Platform> {
+    store: &'a Store,
+    platform: &'a P,
+    io: GuestIo,
+    begun: Time,
+}
+
+impl<P: Platform> Drop for AtTheDisk<'_, P> {
+    fn drop(&mut self) {
+        self.store.guests.set(self.store.guests.get() - 1);
+        self.store.fills.guest_ends(self.io, self.begun, self.platform.now());
+    }
+}
+
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Fills the volume behind an answered read: at once while the store's hydration share lasts or nothing has to be
     /// copied, else the hydrator owes it and later misses are answered from the cache again.
@@ -176,7 +194,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.platform.spawn(Queue::Background, async move {
             let filled = match content {
                 Content::Data(fetched) if shares => shard.share_or_copy(&volume, chunk, fetched).await,
-                content => shard.fill(&volume, Fill::of(chunk, content), FetchClass::Background).await,
+                content => shard.fill(&volume, Fill::of(chunk, content), FillTurn::Admitted(Class::Priority)).await,
             };
             if let Err(error) = filled {
                 shard.owe(&volume, chunk, &error);
@@ -191,19 +209,24 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let orders = self.orders(volume, &manifest, &[chunk], Some(&fetched.data));
             for answer in self.supplies(volume, orders, Want::Place, FetchClass::Background) {
                 if let Ok(Supply::Place(place)) = answer.get().await
-                    && self.share(volume, chunk, &[place], FillTurn::Waits).await
+                    && self.share(volume, chunk, &[place], FillTurn::Admitted(Class::Priority)).await
                 {
                     return Ok(());
                 }
             }
         }
         self.charge_store(volume, fetched.data.len() as u64);
-        self.fill_data(volume, chunk, &fetched.data, FillTurn::Waits).await
+        self.fill_data(volume, chunk, &fetched.data, FillTurn::Paced(Class::Priority)).await
     }
 
-    /// A guest's read or write of a volume's file begins or ends.
-    pub(super) fn note_guest_io(&self, volume: &Volume<P>) {
-        self.0.stores[volume.store].fills.note_guest(self.0.platform.now());
+    /// A guest's I/O at a volume's store begins; it ends when this is dropped.
+    pub(super) fn guest_io(&self, volume: &Volume<P>, io: GuestIo, bytes: u64) -> AtTheDisk<'_, P> {
+        let (store, platform) = (&self.0.stores[volume.store], &self.0.platform);
+        let begun = platform.now();
+        store.fills.guest_begins(begun);
+        store.guest_io.add(bytes);
+        store.guests.set(store.guests.get() + 1);
+        AtTheDisk { store, platform, io, begun }
     }
 
     /// Takes bytes off the share of the volume's store, whether they are there or not.
@@ -211,8 +234,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.stores[volume.store].budget.borrow_mut().charge(bytes, self.0.platform.now());
     }
 
-    /// Whether an absent chunk may be filled at once; if so the store's share is charged with `bytes`, if not the chunk is
-    /// owed. `None`: whoever copies it into the base pays.
+    /// Whether an absent chunk may be filled at once; if so the store's share and pace are charged with `bytes`, if not the
+    /// chunk is owed. `None`: whoever copies it into the base pays.
     pub(super) fn may_fill(&self, volume: &Volume<P>, chunk: u32, bytes: Option<u64>) -> bool {
         if volume.map.borrow().is_chunk_resident(chunk) {
             return false;
@@ -220,12 +243,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let store = &self.0.stores[volume.store];
         let over = self.0.miss_fills.get() >= MISS_FILLS_MAX;
         let now = self.0.platform.now();
-        if over || bytes.is_some_and(|bytes| store.budget.borrow_mut().take(bytes, now).is_err()) {
+        let spent = |bytes| !store.fills.may_admit(now) || store.budget.borrow_mut().take(bytes, now).is_err();
+        if over || bytes.is_some_and(spent) {
             self.0.counters.fills_deferred.add(1);
             volume.hydration.borrow_mut().owed.insert(chunk);
             self.wake_hydrator(volume);
             return false;
         }
+        store.fills.admit(bytes.unwrap_or(0), now);
         true
     }
 
@@ -236,19 +261,18 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.wake_hydrator(volume);
     }
 
-    /// Fills when its turn has come, which a guest's fetch does not wait for. `class` is that of the fetch, should what is in
-    /// the base have to be copied after all.
-    pub(super) async fn fill(&self, volume: &Rc<Volume<P>>, fill: Fill, class: FetchClass) -> Result<()> {
+    /// Fills when its turn has come, also what is in the base and has to be copied after all.
+    pub(super) async fn fill(&self, volume: &Rc<Volume<P>>, fill: Fill, turn: FillTurn) -> Result<()> {
         match fill {
             Fill::Zero(chunk) => volume.fill_zero(chunk..=chunk).await,
-            Fill::Data(chunk, fetched) => self.fill_data(volume, chunk, &fetched.data, FillTurn::of(class)).await,
+            Fill::Data(chunk, fetched) => self.fill_data(volume, chunk, &fetched.data, turn).await,
             Fill::Run(first, places) => {
-                if self.share(volume, first, &places, FillTurn::of(class)).await {
+                if self.share(volume, first, &places, turn).await {
                     return Ok(());
                 }
                 let mut all = Ok(());
                 for chunk in (first..).take(places.len()) {
-                    all = all.and(self.copy_instead(volume, chunk, class).await);
+                    all = all.and(self.copy_instead(volume, chunk, turn).await);
                 }
                 all
             }
@@ -256,10 +280,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     /// Copies a chunk that could not be shared.
-    async fn copy_instead(&self, volume: &Rc<Volume<P>>, chunk: u32, class: FetchClass) -> Result<()> {
-        let Some(fetched) = self.fetch_instead(volume, chunk, class).await? else { return Ok(()) };
+    async fn copy_instead(&self, volume: &Rc<Volume<P>>, chunk: u32, turn: FillTurn) -> Result<()> {
+        let Some(fetched) = self.fetch_instead(volume, chunk, turn.fetch_class()).await? else { return Ok(()) };
         self.charge_store(volume, fetched.data.len() as u64);
-        self.fill_data(volume, chunk, &fetched.data, FillTurn::of(class)).await
+        self.fill_data(volume, chunk, &fetched.data, turn).await
     }
 
     /// The bytes of a chunk that could not be shared; `None`: nobody needs it any more.
@@ -316,8 +340,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     /// Writes what is absent of a chunk, when its turn has come.
     async fn fill_data(&self, volume: &Rc<Volume<P>>, chunk: u32, data: &ChunkData, turn: FillTurn) -> Result<()> {
-        let turns = &self.0.stores[volume.store].fills;
-        let _turn = turns.turn(data.len() as u64, turn, || self.0.platform.now()).await;
+        let store = &self.0.stores[volume.store];
+        let _turn = store.fills.turn(&self.0.platform, data.len() as u64, turn).await;
         if volume.deleted.get() {
             return Ok(());
         }
@@ -327,7 +351,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.0.counters.filled_bytes.add(written);
             let now = self.0.platform.now();
             volume.hydration.borrow_mut().meter.add(written, now);
-            self.0.stores[volume.store].hydrated.borrow_mut().add(written, now);
+            store.hydrated.borrow_mut().add(written, now);
+            store.filled[turn.class() as usize].add(written);
             self.note_dirty(volume);
         }
         Ok(())

@@ -20,21 +20,24 @@ use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue, Time};
 use crate::shard::Shard;
 use crate::shard::base::Want;
-use crate::shard::fill_turns::FillTurns;
+use crate::shard::fill_turns::{FillTurn, FillTurns};
 use crate::shard::fills::{Fill, gathered};
-use crate::shard::hydration_queue::HydrationQueue;
+use crate::shard::hydration_queue::{Class, HydrationQueue};
 use crate::shard::residency::ResidencyMap;
 use crate::shard::signal::{Signal, within};
+use crate::shard::store_stats::Moved;
 use crate::shard::volume::{Volume, is_zero};
 use crate::snapshot::{ChunkEntry, Manifest};
-use crate::transfer::{FetchClass, STRETCH_BYTES};
+use crate::transfer::STRETCH_BYTES;
 use crate::types::{HydrationRate, VolumeId};
 
 /// Bytes of the volume in one run, which ends with its stretch of a pack: one GET of one shard.
 const RUN_BYTES: u64 = 8 << 20;
-/// Runs in flight per store and shard: enough to overlap fetch, verification and fill. What of them may write is for
-/// [`FillTurns`] to say.
+/// Runs in flight per store and shard: enough to overlap fetch, verification and fill; fewer where they take longer than
+/// a second. What of them may write is for [`FillTurns`] to say.
 const RUNS_MAX: usize = 8;
+/// A run that waits for the object store does not hold up all others.
+const RUNS_MIN: usize = 2;
 /// Chunks of a run written at the same time.
 pub(super) const RUN_FILLS_MAX: usize = 2;
 /// Chunks of a boot set in one run: they lie anywhere, and the run's first error puts off the rest.
@@ -79,6 +82,11 @@ pub struct Store {
     /// This shard's part of the fixed hydration share, in bytes.
     pub budget: RefCell<TokenBucket>,
     pub(super) fills: FillTurns,
+    /// What guests' I/O moved, and fills by their class.
+    pub(super) guest_io: Moved,
+    pub(super) filled: [Moved; Class::ALL.len()],
+    /// Guests' I/O at the disk now.
+    pub(super) guests: Cell<u64>,
     /// Bytes that guests write, and that fills do.
     pub(super) guest_writes: RefCell<RateMeter>,
     pub(super) hydrated: RefCell<RateMeter>,
@@ -88,12 +96,15 @@ pub struct Store {
 }
 
 impl Store {
-    pub fn new(label: Arc<str>, volumes_dir: PathBuf, budget: TokenBucket) -> Store {
+    pub fn new(label: Arc<str>, volumes_dir: PathBuf, budget: TokenBucket, fills: FillTurns) -> Store {
         Store {
             label,
             volumes_dir,
             budget: RefCell::new(budget),
-            fills: FillTurns::default(),
+            fills,
+            guest_io: Moved::default(),
+            filled: Default::default(),
+            guests: Cell::default(),
             guest_writes: RefCell::default(),
             hydrated: RefCell::default(),
             wake: Signal::default(),
@@ -114,7 +125,7 @@ enum Next<P: Platform> {
 /// Chunks to bring, and how urgent they are.
 struct Run {
     chunks: Vec<u32>,
-    class: FetchClass,
+    class: Class,
     /// Only what the base holds already is wanted.
     lent: bool,
     /// Its bytes have come off the budgets: at once where the manifest is known, so that no other run starts on them.
@@ -122,7 +133,7 @@ struct Run {
 }
 
 impl Run {
-    fn of(chunks: Vec<u32>, class: FetchClass) -> Run {
+    fn of(chunks: Vec<u32>, class: Class) -> Run {
         Run { chunks, class, lent: false, charged: false }
     }
 }
@@ -167,7 +178,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn next_run(&self, store: usize) -> Next<P> {
         let state = &self.0.stores[store];
         let now = self.0.platform.now();
-        if state.running.get() >= RUNS_MAX {
+        let runs_max = state.fills.bytes_per_second(now).map_or(RUNS_MAX, |bytes| (bytes / RUN_BYTES) as usize);
+        if state.running.get() >= runs_max.clamp(RUNS_MIN, RUNS_MAX) {
             return Next::Wait(None);
         }
         for _ in 0..LOOKS_MAX {
@@ -182,6 +194,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             if !wait.is_zero() {
                 volume.hydration.borrow_mut().state = "store_budget";
                 return Next::Wait(Some(now.after(wait)));
+            }
+            let pace = state.fills.pace_wait(now);
+            if !pace.is_zero() {
+                return Next::Wait(Some(now.after(pace)));
             }
             state.queue.borrow_mut().remove(id);
             let boot_set = volume.spec.snapshot.as_ref().and_then(|snapshot| self.0.boots.set_of(snapshot));
@@ -247,10 +263,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         volume: &Rc<Volume<P>>,
         manifest: &Manifest,
         chunks: Vec<u32>,
-        class: FetchClass,
+        class: Class,
     ) -> Result<()> {
         let orders = self.orders(volume, manifest, &chunks, None);
-        let supplied = chunks.into_iter().zip(self.supplies(volume, orders, Want::Place, class));
+        let supplied = chunks.into_iter().zip(self.supplies(volume, orders, Want::Place, class.fetch_class()));
         let fills = gathered(supplied, volume.spec.chunk_bytes).map(async |fill| {
             let fill = fill.map_err(|(_, error)| error)?;
             if let Fill::Run(first, places) = &fill {
@@ -259,7 +275,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 let store = &self.0.stores[volume.store];
                 store.budget.borrow_mut().give_back(lens.sum(), self.0.platform.now());
             }
-            let filled = self.fill(volume, fill, class).await;
+            let filled = self.fill(volume, fill, FillTurn::Paced(class)).await;
             self.0.platform.yield_now().await;
             filled
         });
@@ -318,7 +334,7 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
     }
     while let Some(owed) = hydration.owed.pop_first() {
         if !map.is_chunk_resident(owed) && hydration.running.insert(owed) {
-            return Turn::Run(Run::of(vec![owed], FetchClass::Background));
+            return Turn::Run(Run::of(vec![owed], Class::Priority));
         }
     }
     if hydration.rate == HydrationRate::None {
@@ -336,14 +352,14 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
         if !chunks.is_empty() {
             hydration.running.extend(chunks.iter().copied());
             hydration.state = "running";
-            return Turn::Run(Run { lent: true, ..Run::of(chunks, FetchClass::Background) });
+            return Turn::Run(Run { lent: true, ..Run::of(chunks, Class::Background) });
         }
     }
     let boot = next_boot_chunks(volume, &map, &mut hydration, boot_set.unwrap_or_default());
     if !boot.is_empty() {
         hydration.running.extend(boot.iter().copied());
         hydration.state = "running";
-        return Turn::Run(Run::of(boot, FetchClass::BootSet));
+        return Turn::Run(Run::of(boot, Class::BootSet));
     }
     let Some(first) = next_chunk(volume, &map, &hydration) else { return Turn::Leave };
     let manifest = volume.manifest();
@@ -360,7 +376,7 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
     hydration.running.extend(chunks.iter().copied());
     hydration.cursor = first + chunks.len() as u32;
     hydration.state = "running";
-    Turn::Run(Run::of(chunks, FetchClass::Background))
+    Turn::Run(Run::of(chunks, Class::Background))
 }
 
 /// The next absent chunks of which the base was not asked yet; none once it was asked of all.

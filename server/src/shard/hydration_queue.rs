@@ -9,6 +9,7 @@ use std::hash::Hash;
 
 use crate::mutation::{self, Mutation};
 use crate::platform::Time;
+use crate::transfer::FetchClass;
 
 /// Why chunks are hydrated, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,6 +23,25 @@ pub enum Class {
 
 impl Class {
     pub const ALL: [Class; 3] = [Class::Priority, Class::BootSet, Class::Background];
+
+    /// How urgently hydration fetches it. Nobody waits for what is owed: a guest that wants it again fetches it itself.
+    #[must_use]
+    pub fn fetch_class(self) -> FetchClass {
+        match self {
+            Class::Priority | Class::BootSet => FetchClass::BootSet,
+            Class::Background => FetchClass::Background,
+        }
+    }
+
+    /// On whose account goes what was fetched so urgently.
+    #[must_use]
+    pub fn of(fetch: FetchClass) -> Class {
+        match fetch {
+            FetchClass::Priority | FetchClass::ReadAhead => Class::Priority,
+            FetchClass::BootSet => Class::BootSet,
+            FetchClass::Background => Class::Background,
+        }
+    }
 }
 
 /// Where a volume stands; less is earlier.

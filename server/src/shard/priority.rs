@@ -8,6 +8,7 @@ use crate::shard::Shard;
 use crate::shard::api::{FetchUntil, Reply};
 use crate::shard::base::Want;
 use crate::shard::datapath::ByteRange;
+use crate::shard::fill_turns::FillTurn;
 use crate::shard::fills::{Fill, gather};
 use crate::transfer::FetchClass;
 use crate::types::VolumeId;
@@ -65,7 +66,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                     if let Fill::Data(_, fetched) = &fill {
                         self.charge_store(&volume, fetched.data.len() as u64);
                     }
-                    self.fill(&volume, fill, FetchClass::Priority).await?;
+                    self.fill(&volume, fill, FillTurn::AtOnce).await?;
                 }
             }
             at = end;

@@ -67,7 +67,7 @@ counters! {
     corrupt_chunks: "Chunks that failed their digest and were dropped.",
     filled_chunks: "Chunks written into volumes by hydration.",
     filled_bytes: "Bytes written into volumes by hydration.",
-    fills_deferred: "Fills of read misses put off because the store's hydration share was spent.",
+    fills_deferred: "Fills of read misses put off because hydration of the store was at its limit.",
     boots_recorded: "First boots of volumes whose touched chunks were recorded.",
     boot_chunks_prefetched: "Chunks of boot sets fetched into the cache before anybody asked.",
     readahead_chunks: "Chunks fetched ahead of guests that read in order.",

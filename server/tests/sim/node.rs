@@ -11,6 +11,7 @@ use volley_server::journal::{Journal, Recovered, commit_epoch, recover};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimObjects, SimRng, SimWorld};
 use volley_server::shard::api::{Command, ConnectionId, Handler, Reply, ReplyTo, Request, VolumeStatus};
+use volley_server::shard::harm::HarmConfig;
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
 use volley_server::snapshot::{
@@ -171,6 +172,7 @@ pub struct NodeSettings {
     pub deadline: Duration,
     pub hedge_percent: u32,
     pub readahead_bytes_max: u64,
+    pub harm: HarmConfig,
 }
 
 impl Default for NodeSettings {
@@ -184,6 +186,7 @@ impl Default for NodeSettings {
             deadline: Duration::from_secs(20),
             hedge_percent: 0,
             readahead_bytes_max: 0,
+            harm: HarmConfig::default(),
         }
     }
 }
@@ -290,6 +293,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         cache_bytes: settings.cache_bytes,
         pin_waves: Duration::from_secs(2),
         boot_window: Duration::from_secs(1),
+        harm: settings.harm,
         disk_cache: settings.disk_cache_bytes.map(|bytes| DiskCacheConfig { dir: PathBuf::from(CACHE), bytes }),
         guest_deadline: settings.deadline,
         retry: RetryPolicy {

@@ -10,6 +10,7 @@ use volley_server::platform::sim::{
     CrashPoint, DiskOp, ObjectFaults, RunLimits, Sim, SimObjects, SimRng, SimStop, SimWorld,
 };
 use volley_server::shard::api::{Command, ConnectionId, Reply, Request};
+use volley_server::shard::harm::HarmConfig;
 use volley_server::types::{HydrationRate, VolumeSpec};
 
 use crate::disk_cache::{self, Dice, Tally};
@@ -44,6 +45,7 @@ pub struct Run {
     rng: SimRng,
     cache_dice: Dice,
     base_dice: SimRng,
+    harm_rng: SimRng,
     power_cuts: u64,
     kills: u64,
     /// Durable points before there was anything to lose.
@@ -109,7 +111,22 @@ impl Run {
         let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child]));
         let diary = Diary { replay, lives: Vec::new() };
         let (cache_dice, base_dice) = (Dice::new(seed), SimRng::stream(seed, "base"));
-        Run { seed, world, objects, guests, rng, cache_dice, base_dice, power_cuts: 0, kills: 0, set_up_syncs, diary }
+        let harm_rng = SimRng::stream(seed, "harm");
+        let (power_cuts, kills) = (0, 0);
+        Run {
+            seed,
+            world,
+            objects,
+            guests,
+            rng,
+            cache_dice,
+            base_dice,
+            harm_rng,
+            power_cuts,
+            kills,
+            set_up_syncs,
+            diary,
+        }
     }
 
     pub fn report(&self) -> Report {
@@ -188,7 +205,15 @@ impl Run {
             deadline: [Duration::from_secs(20), Duration::from_secs(20), Duration::from_millis(30)][self.rng.index(3)],
             hedge_percent: if self.hedges() { 50 } else { 0 },
             readahead_bytes_max: [0, 512 << 10][(self.seed % 2) as usize],
+            harm: self.choose_harm(),
         }
+    }
+
+    /// From a bound that nothing exceeds to one that everything does, with floors that hold hydration up for seconds.
+    fn choose_harm(&mut self) -> HarmConfig {
+        let bound_percent = [None, Some(101), Some(120), Some(1000)][self.harm_rng.index(4)];
+        let floor = [None, Some(1 << 20), Some(64 << 10)][self.harm_rng.index(3)];
+        HarmConfig { bound_percent, floor }
     }
 
     /// In a third of the seeds slow GETs are sent twice; in the others nothing may be.

@@ -11,6 +11,7 @@ use volley_server::journal::{self, Journal};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{Sim, SimObjects, SimRng};
 use volley_server::shard::api::{AttachInfo, Command, ConnectionId, Handler, Reply, Request};
+use volley_server::shard::harm::HarmConfig;
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
 use volley_server::snapshot::{ChunkEntry, Manifest, PackBuilder, SnapshotInfo, encode_chunk, manifest_key, pack_key};
@@ -70,6 +71,7 @@ pub struct Options {
     pub cache_bytes: usize,
     pub pin_waves: Duration,
     pub boot_window: Duration,
+    pub harm: HarmConfig,
     pub disk_cache: Option<DiskCacheConfig>,
     pub guest_deadline: Duration,
     pub hydration_bandwidth: Option<u64>,
@@ -87,6 +89,7 @@ impl Default for Options {
             cache_bytes: 4 << 20,
             pin_waves: Duration::ZERO,
             boot_window: Duration::ZERO,
+            harm: HarmConfig::default(),
             disk_cache: None,
             guest_deadline,
             hydration_bandwidth: None,
@@ -135,6 +138,7 @@ impl Node {
             cache_bytes: options.cache_bytes,
             pin_waves: options.pin_waves,
             boot_window: options.boot_window,
+            harm: options.harm,
             disk_cache: options.disk_cache.clone(),
             guest_deadline: options.guest_deadline,
             retry: options.retry,
@@ -251,6 +255,13 @@ impl Node {
     pub async fn gauge(&self, shard: usize, name: &str) -> u64 {
         let stats = self.command(shard, |reply| Command::Stats { reply }).await;
         stats.gauges.iter().find(|(n, ..)| *n == name).unwrap_or_else(|| panic!("no gauge {name}")).2
+    }
+
+    /// A counter or gauge of the first volume store of a shard, by its metric name with labels.
+    pub async fn of_store(&self, shard: usize, name: &str) -> u64 {
+        let stats = self.command(shard, |reply| Command::Stats { reply }).await;
+        let mut values = stats.stores[0].counters.iter().chain(&stats.stores[0].gauges);
+        values.find(|(n, ..)| *n == name).unwrap_or_else(|| panic!("no {name}")).2
     }
 
     /// What the accounts of one image and batch add up to over all shards.

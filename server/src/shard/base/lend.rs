@@ -11,6 +11,7 @@ use crate::shard::Shard;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::fills::{Content, Fill, gather};
 use crate::shard::hydrate::RUN_FILLS_MAX;
+use crate::shard::hydration_queue::Class;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::volume::{Volume, is_zero};
 use crate::snapshot::Manifest;
@@ -31,7 +32,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let clones = runs.into_iter().map(async |run| {
             if let Fill::Run(first, places) = run {
                 // What could not be shared is copied in its turn.
-                self.share(volume, first, &places, FillTurn::Waits).await;
+                self.share(volume, first, &places, FillTurn::Paced(Class::Background)).await;
             }
             self.0.platform.yield_now().await;
         });

@@ -17,6 +17,7 @@ use crate::shard::Shard;
 use crate::shard::datapath::Answer;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::fills::CLONE_BYTES;
+use crate::shard::hydration_queue::Class;
 use crate::shard::mesh::MeshMessage;
 use crate::shard::volume::Volume;
 use crate::snapshot::Manifest;
@@ -225,7 +226,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         // The only copy of the chunk that the store pays for.
         self.0.stores[store].budget.borrow_mut().charge(len, self.0.platform.now());
         let fills = &self.0.stores[store].fills;
-        let _turn = fills.turn(len, FillTurn::of(class), || self.0.platform.now()).await;
+        let turn = match class {
+            FetchClass::Priority => FillTurn::AtOnce,
+            // Guests may come to wait for it too: it is not held up, but what comes after it.
+            _ => {
+                fills.admit(len, self.0.platform.now());
+                FillTurn::Admitted(Class::of(class))
+            }
+        };
+        let _turn = fills.turn(&self.0.platform, len, turn).await;
         let written = match mutation::on(Mutation::PlaceBeforeItsBytes) {
             true => {
                 self.write_later(store, &place, data);
@@ -252,6 +261,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let kept = base.place(kept?);
         base.counters.written_chunks.add(1);
         base.counters.written_bytes.add(len);
+        self.0.stores[store].filled[Class::of(class) as usize].add(len);
         Some(kept)
     }
 
@@ -285,7 +295,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if !base.is_usable() {
             return false;
         }
-        let _turn = store.fills.turn(CLONE_BYTES, turn, now).await;
+        let _turn = store.fills.turn(&self.0.platform, CLONE_BYTES, turn).await;
         if volume.deleted.get() || volume.takes_no_writes() {
             return false;
         }
