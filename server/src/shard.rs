@@ -31,6 +31,7 @@ pub(crate) mod signal;
 pub mod stats;
 mod store_loads;
 mod store_stats;
+mod tidy;
 mod upkeep;
 mod volume;
 
@@ -250,38 +251,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let snapshot = state.spec.snapshot.as_ref().map_or_else(|| Arc::from(""), |snapshot| snapshot.name.clone());
         let account = self.0.transfer.account(&Origin { snapshot, batch: state.spec.batch });
         Volume::new(&self.0.platform, state, path, store, account)
-    }
-
-    /// Ends deletions that a crash cut short; names files that belong to no volume, but never removes them.
-    async fn tidy_store(&self, store: &Store) -> Result<()> {
-        let dir = &store.volumes_dir;
-        let failed = |e: std::io::Error| Error::from_io(&format!("volume store {}", dir.display()), &e);
-        self.0.platform.create_dir_all(dir).await.map_err(failed)?;
-        let mut orphans = 0;
-        for entry in self.0.platform.list_dir(dir).await.map_err(failed)? {
-            let Some((stem, extension)) = entry.name.split_once('.') else { continue };
-            let Ok(id) = u64::from_str_radix(stem, 16).map(VolumeId) else { continue };
-            if id.owner(self.0.config.shards) != self.0.config.shard {
-                continue;
-            }
-            let known = self.0.volumes.borrow().contains_key(&id);
-            let path = dir.join(&entry.name);
-            match (extension, known) {
-                (SET_ASIDE, true) => {
-                    self.0.platform.rename(&path, &path.with_extension("raw")).await.map_err(failed)?;
-                    self.0.platform.sync_dir(dir).await.map_err(failed)?;
-                }
-                (SET_ASIDE, false) => self.0.platform.remove_file(&path).await.map_err(failed)?,
-                ("raw", false) => {
-                    orphans += 1;
-                    if orphans <= ORPHANS_NAMED_MAX {
-                        tracing::warn!(file = %path.display(), "volume file belongs to no volume; left alone");
-                    }
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 
     fn spawn_tasks(&self, commands: flume::Receiver<Command>) {

@@ -11,10 +11,10 @@ use futures::future::join_all;
 use support::{CHUNK, Image, Node, Options, STORE, image, status_of};
 use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::Status;
-use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, ObjectFaults, SimObjects, SimWorld};
+use volley_server::platform::{File, OpenMode, Platform};
 use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, Handler, Reply, Request};
-use volley_server::types::HydrationRate;
+use volley_server::types::{HydrationRate, VolumeSpec};
 
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {
     let world = SimWorld::new(seed);
@@ -369,6 +369,33 @@ fn creation_is_all_or_nothing_and_names_are_unique() {
         for name in ["a", "b"] {
             node.attach(name).await.unwrap();
         }
+    });
+}
+
+#[test]
+fn a_file_that_an_unfinished_creation_left_is_taken_over_and_one_with_data_never() {
+    let (world, objects, img) = world(13, 3);
+    world.block_on(async {
+        let node = Node::start(world.platform(), &objects, &Options::default()).await.unwrap();
+        let [fresh, kept] = ["fresh", "kept"].map(|name| node.spec(name, &img, HydrationRate::Unlimited));
+        let path = |spec: &VolumeSpec| PathBuf::from(STORE).join("volumes").join(format!("{}.raw", spec.id));
+        for (spec, data) in [(&fresh, false), (&kept, true)] {
+            let file = node.platform.open(&path(spec), OpenMode::CreateNew).await.unwrap();
+            file.set_len(8192).await.unwrap();
+            if data {
+                let mut bytes = node.platform.alloc(4096);
+                bytes.fill(7);
+                file.write_at(4096, bytes).await.unwrap();
+            }
+            file.close().await.unwrap();
+        }
+        node.create(fresh).await.unwrap();
+        let status = node.wait_hydrated("fresh").await.unwrap();
+        assert_eq!(status.remaining_bytes, 0);
+        let refused = node.create(kept.clone()).await.unwrap_err();
+        assert!(refused.message.contains("exist"), "{refused}");
+        let bytes = world.file_bytes(&path(&kept)).unwrap();
+        assert!(bytes.len() == 8192 && bytes[4096..].iter().all(|byte| *byte == 7), "somebody's data stays");
     });
 }
 

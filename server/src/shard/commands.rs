@@ -108,15 +108,17 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         for spec in specs {
             volumes.push(self.new_volume(spec).await?);
         }
-        let files = stream::iter(volumes.iter().map(|volume| volume.create_file())).buffer_unordered(CREATES_MAX);
+        let files = stream::iter(volumes.iter().map(|volume| volume.create_file())).buffered(CREATES_MAX);
         let created: Vec<Result<()>> = files.collect().await;
+        let made: Vec<_> =
+            volumes.iter().zip(&created).filter(|(_, made)| made.is_ok()).map(|(v, _)| v.clone()).collect();
         let mut result: Result<()> = created.into_iter().collect();
         if result.is_ok() {
             result = self.sync_names(&volumes).await;
         }
         if result.is_err() {
             // The journal knows nothing of them.
-            remove_files(&volumes).await;
+            remove_files(&made).await;
         } else {
             result = self.commit_volumes(&volumes).await;
         }

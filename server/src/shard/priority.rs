@@ -10,7 +10,6 @@ use crate::shard::base::Want;
 use crate::shard::datapath::ByteRange;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::fills::{Fill, gather};
-use crate::transfer::FetchClass;
 use crate::types::VolumeId;
 
 /// Chunks one priority fetch works on at a time: bounds the memory of a request over a whole device.

@@ -5,6 +5,7 @@
 mod filling;
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -206,15 +207,30 @@ impl<P: Platform> Volume<P> {
 
     /// Creates the file of a new volume: sparse, a whole number of sectors long. The directory is synced by the caller,
     /// once for all. The length of a blank volume is made durable here: no later sync of a fill will do it.
+    /// A creation that a crash cut short left a file without data, which is taken over.
     pub async fn create_file(&self) -> Result<()> {
-        let made = async {
-            let file = self.platform.open(&self.path, OpenMode::CreateNew).await?;
-            let sized = file.set_len(self.file_len()).await;
-            let done = if sized.is_ok() && self.hydrated.get() { file.datasync().await } else { sized };
-            file.close().await?;
-            done
+        let file = match self.platform.open(&self.path, OpenMode::CreateNew).await {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.take_over(error).await,
+            opened => opened,
         };
-        made.await.map_err(|e| self.io_error("create", &e))
+        let file = file.map_err(|e| self.io_error("create", &e))?;
+        let sized = file.set_len(self.file_len()).await;
+        let made = if sized.is_ok() && self.hydrated.get() { file.datasync().await } else { sized };
+        let made = file.close().await.and(made);
+        if made.is_err() {
+            drop(self.remove_file().await);
+        }
+        made.map_err(|e| self.io_error("create", &e))
+    }
+
+    /// The file that is there in place of a new one, if nothing was ever written to it.
+    async fn take_over(&self, exists: io::Error) -> io::Result<P::File> {
+        let file = self.platform.open(&self.path, OpenMode::ReadWrite).await?;
+        if file.stored(0..file.len().await?, 1).await?.is_empty() {
+            return Ok(file);
+        }
+        file.close().await?;
+        Err(exists)
     }
 
     pub async fn remove_file(&self) -> Result<()> {
