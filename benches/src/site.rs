@@ -92,6 +92,17 @@ impl Site {
         std::fs::remove_file(image).map_err(|e| e.to_string())
     }
 
+    /// Starts `volley-agent` for a node; its NBD socket is at the path.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn agent(&self, server: &Server, socket: &Path) -> Result<Server> {
+        let mut command = Command::new(sibling("volley-agent")?);
+        command.args(["--server", &server.ready_word("data")?, "--log", "warn"]);
+        command.arg("--nbd").arg(format!("unix:{}", socket.display()));
+        Server::start(command, "ready")
+    }
+
     /// Starts a new node with lines of configuration, measures on it, stops it, and removes what it stored.
     ///
     /// # Errors
