@@ -21,6 +21,10 @@ use volley_tools::load::workload::{self, Kind};
 use volley_tools::load::{Target, trace};
 use volley_tools::units::{format_size, parse_duration, parse_size};
 
+// Payloads come and go in sizes for which the C library's allocator asks the kernel anew each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Duration where neither --duration nor --count is given.
 const DURATION_DEFAULT: Duration = Duration::from_secs(10);
 /// Even a load bounded by its count ends after this.

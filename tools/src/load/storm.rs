@@ -27,6 +27,10 @@ use super::{Random, Target, check_threads, on_threads};
 use crate::units::parse_duration;
 use disk::{Disk, Host};
 
+/// What the reads of a trace have to give is kept in memory if it is no more than this: looking it up for each machine would take as
+/// long as reading it.
+const WANTED_BYTES_MAX: u64 = 512 << 20;
+
 /// When the volumes of a storm start.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Arrivals {
@@ -191,6 +195,8 @@ struct Storm<'a> {
     reads: Arc<[Event]>,
     starts: Vec<Duration>,
     touches: OnceLock<(u32, Arc<[bool]>)>,
+    /// What each read has to give, once it was looked up in the image.
+    wanted: Vec<OnceLock<Vec<u8>>>,
 }
 
 /// One answered request.
@@ -210,7 +216,10 @@ impl<'a> Storm<'a> {
         }
         check_threads(plan.threads, plan.connections)?;
         let starts = plan.arrivals.starts(plan.volumes.len(), plan.seed);
-        Ok(Storm { plan, progress, reads, starts, touches: OnceLock::new() })
+        let bytes: u64 = reads.iter().map(|read| read.len).sum();
+        let kept = if plan.verify.is_some() && bytes <= WANTED_BYTES_MAX { reads.len() } else { 0 };
+        let wanted = (0..kept).map(|_| OnceLock::new()).collect();
+        Ok(Storm { plan, progress, reads, starts, touches: OnceLock::new(), wanted })
     }
 
     /// The hosts of a thread, by number.
@@ -277,7 +286,7 @@ impl<'a> Storm<'a> {
             if sent >= end || self.progress.stop.load(Ordering::Relaxed) {
                 return None;
             }
-            let (outcome, wrong) = self.ask(name, disk, event).await;
+            let (outcome, wrong) = self.ask(name, disk, index).await;
             let (latency, since_due) = (sent.elapsed(), due.map(|due| due.elapsed()));
             Some(Done { index, latency, since_due, outcome, wrong })
         });
@@ -317,19 +326,34 @@ impl<'a> Storm<'a> {
     }
 
     /// One request; whether its answer was wrong data.
-    async fn ask(&self, name: &str, disk: &Disk, event: &Event) -> (Result<(), String>, bool) {
+    async fn ask(&self, name: &str, disk: &Disk, index: usize) -> (Result<(), String>, bool) {
+        let event = &self.reads[index];
         let named = |error: String| format!("volume {name}: {error}");
         match (self.plan.ask, &self.plan.verify) {
             (Ask::Fetch(until), _) => (disk.fetch(event, until).await.map_err(named), false),
             (Ask::Read, None) => (disk.read(event, |_| ()).await.map_err(named), false),
             (Ask::Read, Some(image)) => {
-                let check = |data: &[u8]| read_image(image, event).and_then(|want| compare(event, data, &want));
+                let check = |data: &[u8]| self.check(index, image, data);
                 match disk.read(event, check).await {
                     Err(error) => (Err(named(error)), false),
                     Ok(checked) => (checked.clone().map_err(named), checked.is_err()),
                 }
             }
         }
+    }
+
+    /// Compares what was read with the image.
+    fn check(&self, index: usize, image: &File, data: &[u8]) -> Result<(), String> {
+        let event = &self.reads[index];
+        let Some(wanted) = self.wanted.get(index) else { return compare(event, data, &read_image(image, event)?) };
+        let wanted = match wanted.get() {
+            Some(wanted) => wanted,
+            None => {
+                let read = read_image(image, event)?;
+                wanted.get_or_init(|| read)
+            }
+        };
+        compare(event, data, wanted)
     }
 }
 

@@ -31,6 +31,10 @@ use volley_tools::load::report::Report;
 use volley_tools::load::storm::{self, Arrivals, Ask, Progress};
 use volley_tools::load::trace::{self, Event, Op};
 
+// As in volley-load and volley-agent: the load is to be made as cheaply.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Clients of the node: hypervisor hosts.
 const HOSTS: u32 = 8;
 
@@ -96,7 +100,9 @@ fn main() -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    let site = Site::new(&args.site)?;
+    let mut site = Site::new(&args.site)?;
+    // As nbdkit's: all of it is on one machine.
+    site.use_unix_sockets()?;
     let reads: Vec<Event> =
         trace::load(Path::new(BOOT_TRACE), IMAGE_BYTES)?.into_iter().filter(|event| event.op == Op::Read).collect();
     println!("{}", machine());
