@@ -15,7 +15,8 @@ pub struct Figure {
     /// Our median over the runs.
     pub value: f64,
     pub unit: &'static str,
-    /// Median over the runs of our speed over the peer's in the same run: above 1 we are faster.
+    /// Median over the runs of our speed over the peer's in the same run: above 1 we are faster. Of a cost
+    /// ([`Figure::cost`]) ours over the peer's: below 1 we are.
     pub ratio: Option<f64>,
     /// What we compare with, and its settings.
     pub peer: Option<String>,
@@ -50,8 +51,30 @@ impl Figure {
     /// Without a run.
     #[must_use]
     pub fn against(figure: &str, unit: &'static str, peer: &str, runs: &[Pair]) -> Figure {
+        Figure::beside(figure, unit, peer, runs, |run| run.ours / run.peer)
+    }
+
+    /// A figure beside a peer's. `unit` is a time that work takes: less is faster.
+    ///
+    /// # Panics
+    /// Without a run.
+    #[must_use]
+    pub fn time(figure: &str, unit: &'static str, peer: &str, runs: &[Pair]) -> Figure {
+        Figure::beside(figure, unit, peer, runs, |run| run.peer / run.ours)
+    }
+
+    /// What something costs over what it costs without us: `unit` is a time, and the ratio ours over the peer's.
+    ///
+    /// # Panics
+    /// Without a run.
+    #[must_use]
+    pub fn cost(figure: &str, unit: &'static str, peer: &str, runs: &[Pair]) -> Figure {
+        Figure::beside(figure, unit, peer, runs, |run| run.ours / run.peer)
+    }
+
+    fn beside(figure: &str, unit: &'static str, peer: &str, runs: &[Pair], ratio: fn(&Pair) -> f64) -> Figure {
         let ours: Vec<f64> = runs.iter().map(|run| run.ours).collect();
-        let ratios: Vec<f64> = runs.iter().map(|run| run.ours / run.peer).collect();
+        let ratios: Vec<f64> = runs.iter().map(ratio).collect();
         Figure { ratio: Some(median(&ratios)), peer: Some(peer.to_owned()), ..Figure::alone(figure, unit, &ours) }
     }
 }
@@ -128,5 +151,9 @@ mod tests {
         let runs = [Pair { ours: 1.0, peer: 2.0 }, Pair { ours: 9.0, peer: 9.0 }, Pair { ours: 8.0, peer: 4.0 }];
         let figure = Figure::against("f", "1/s", "p", &runs);
         assert_eq!((figure.value, figure.ratio, figure.min, figure.max), (8.0, Some(1.0), 1.0, 9.0));
+        // Half the time is twice the speed, and half the cost.
+        let run = [Pair { ours: 1.0, peer: 2.0 }];
+        assert_eq!(Figure::time("f", "s", "p", &run).ratio, Some(2.0));
+        assert_eq!(Figure::cost("f", "s", "p", &run).ratio, Some(0.5));
     }
 }

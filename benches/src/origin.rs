@@ -17,7 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use hyper::header::{CONTENT_RANGE, ETAG, IF_NONE_MATCH, RANGE};
+use hyper::header::{ACCEPT_RANGES, CONTENT_RANGE, ETAG, IF_NONE_MATCH, RANGE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -89,6 +89,12 @@ impl Origin {
         *self.shared.manners.lock().expect("nobody panics holding it") = manners;
     }
 
+    /// Puts an object there without a request; returns its URL.
+    pub fn put(&self, key: &str, object: Bytes) -> String {
+        self.shared.objects.lock().expect("nobody panics holding it").insert(key.to_owned(), object);
+        format!("{}/{key}", self.endpoint())
+    }
+
     /// URLs of all packs.
     #[must_use]
     pub fn packs(&self) -> Vec<String> {
@@ -131,7 +137,7 @@ impl Shared {
         let (head, body) = request.into_parts();
         let key = head.uri.path().trim_start_matches('/').to_owned();
         let reply = |status: StatusCode, body: Bytes| {
-            let answer = Response::builder().status(status).header(ETAG, ETAG_OF_ALL);
+            let answer = Response::builder().status(status).header(ETAG, ETAG_OF_ALL).header(ACCEPT_RANGES, "bytes");
             answer.body(Paced::new(body, manners.bytes_per_second)).expect("sound headers")
         };
         let query = head.uri.query().unwrap_or_default();
@@ -224,11 +230,11 @@ impl Shared {
     }
 }
 
-/// Start and end of `bytes=A-B`.
+/// Start and end of `bytes=A-B`; as HTTP has it, what lies beyond the object is left out.
 fn range_of(text: &str, len: usize) -> Option<(usize, usize)> {
     let (start, last) = text.strip_prefix("bytes=")?.split_once('-')?;
     let (start, last): (usize, usize) = (start.parse().ok()?, last.parse().ok()?);
-    (start <= last && last < len).then_some((start, last + 1))
+    (start <= last && start < len).then_some((start, last.min(len - 1) + 1))
 }
 
 /// A body that leaves at a bandwidth.
@@ -271,5 +277,18 @@ impl Body for Paced {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.rest.len() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::range_of;
+
+    #[test]
+    fn a_range_ends_where_the_object_does() {
+        assert_eq!(range_of("bytes=0-9", 10), Some((0, 10)));
+        assert_eq!(range_of("bytes=4-10", 10), Some((4, 10)));
+        assert_eq!(range_of("bytes=10-11", 10), None);
+        assert_eq!(range_of("bytes=3-2", 10), None);
     }
 }

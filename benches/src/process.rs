@@ -1,6 +1,6 @@
 //! Programs that a benchmark starts: found beside this binary or on the PATH, ended with it, measured through /proc.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -136,6 +136,22 @@ impl Server {
         let at = self.ready.find(key).ok_or_else(|| format!("no {key:?} in {:?}", self.ready))?;
         let rest = self.ready[at + key.len()..].trim_start_matches(['=', ':', ' ', '/']);
         Ok(rest.split([' ', ',']).next().unwrap_or_default().trim_end_matches('/').to_owned())
+    }
+
+    /// A counter of a node of ours, over all shards.
+    ///
+    /// # Errors
+    /// When the node does not answer.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let said = |e: std::io::Error| format!("metrics: {e}");
+        let mut stream = std::net::TcpStream::connect(self.ready_word("http")?).map_err(said)?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").map_err(said)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).map_err(said)?;
+        let samples =
+            answer.lines().filter(|line| line.starts_with(name) && line[name.len()..].starts_with(['{', ' ']));
+        let values = samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok());
+        values.reduce(|a, b| a + b).ok_or_else(|| format!("the node's metrics have no {name}"))
     }
 
     /// SIGTERM, and the end.

@@ -28,6 +28,8 @@ pub struct SiteArgs {
 pub struct Site {
     dir: PathBuf,
     origin: Origin,
+    /// Data ports of nodes are here; `None`: on TCP.
+    sockets: Option<tempfile::TempDir>,
     _files: tempfile::TempDir,
 }
 
@@ -43,7 +45,16 @@ impl Site {
         let files = tempfile::tempdir_in(parent).map_err(said)?;
         let dir = files.path().canonicalize().map_err(said)?;
         let origin = Origin::start(AT_ONCE).map_err(|e| format!("object store: {e}"))?;
-        Ok(Site { dir, origin, _files: files })
+        Ok(Site { dir, origin, sockets: None, _files: files })
+    }
+
+    /// From now on nodes have their data ports at unix sockets, where hosts on the same machine reach them.
+    ///
+    /// # Errors
+    /// When there is no place for temporary files.
+    pub fn use_unix_sockets(&mut self) -> Result<()> {
+        self.sockets = Some(tempfile::tempdir().map_err(|e| e.to_string())?);
+        Ok(())
     }
 
     #[must_use]
@@ -92,6 +103,17 @@ impl Site {
         std::fs::remove_file(image).map_err(|e| e.to_string())
     }
 
+    /// Starts `volley-agent` for a node; its NBD socket is at the path.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn agent(&self, server: &Server, socket: &Path) -> Result<Server> {
+        let mut command = Command::new(sibling("volley-agent")?);
+        command.args(["--server", &server.ready_word("data")?, "--log", "warn"]);
+        command.arg("--nbd").arg(format!("unix:{}", socket.display()));
+        Server::start(command, "ready")
+    }
+
     /// Starts a new node with lines of configuration, measures on it, stops it, and removes what it stored.
     ///
     /// # Errors
@@ -101,7 +123,9 @@ impl Site {
         std::fs::write(&file, config).map_err(|e| e.to_string())?;
         let mut command = Command::new(sibling("volleyd")?);
         command.arg("--config").arg(&file).arg("--data").arg(&data);
-        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", "warn"]);
+        let socket = self.sockets.as_ref().map(|dir| format!("unix:{}", dir.path().join("data.sock").display()));
+        command.arg("--listen").arg(socket.as_deref().unwrap_or("127.0.0.1:0"));
+        command.args(["--http", "127.0.0.1:0", "--log", "warn"]);
         self.use_origin(&mut command);
         let server = Server::start(command, "volleyd: ready")?;
         let measured = measure(&server)?;

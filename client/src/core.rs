@@ -30,8 +30,8 @@ use crate::session::{Phase, Session};
 const HELLO_ID: u64 = 0;
 /// `poll_output` stops adding frames past this: two whole payloads keep a socket busy.
 const OUTPUT_BYTES_SOFT: usize = 2 << 20;
-/// The receive buffer always has room for this much, so that one read may take many frames.
-const RECEIVE_BYTES: usize = 64 << 10;
+/// The receive buffer has room for about this much, so that one read may take many frames and few are cut in two.
+const RECEIVE_BYTES: usize = 256 << 10;
 
 /// Whose answer it is. Given to [`Core::submit`], handed back by [`Core::poll_answer`].
 pub trait Ticket {

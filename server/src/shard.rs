@@ -24,6 +24,7 @@ mod latencies;
 mod locks;
 mod manifests;
 pub mod mesh;
+mod near;
 mod priority;
 pub mod readahead;
 pub mod residency;
@@ -442,12 +443,18 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 }
 
 impl<P: Platform, O: ObjectStore> Handler for Shard<P, O> {
-    fn try_now(&self, request: &Request) -> Option<Result<Reply>> {
-        let Request::PriorityFetch { volume, offset, len, until } = request else { return None };
-        if self.0.stopping.get() || volume.owner(self.0.config.shards) != self.0.config.shard {
-            return None;
+    fn try_now(&self, request: &Request, from: ConnectionId) -> Option<Result<Reply>> {
+        let here =
+            |volume: VolumeId| !self.0.stopping.get() && volume.owner(self.0.config.shards) == self.0.config.shard;
+        match *request {
+            Request::PriorityFetch { volume, offset, len, until } if here(volume) => {
+                self.priority_fetch_now(volume, offset, len, until)
+            }
+            Request::Read { volume, generation, offset, len } if here(volume) => {
+                self.read_now(Claim { volume, generation, from }, offset, len)
+            }
+            _ => None,
         }
-        self.priority_fetch_now(*volume, *offset, *len, *until)
     }
 
     async fn handle(&self, request: Request, from: ConnectionId) -> Result<Reply> {

@@ -7,6 +7,7 @@ mod gate;
 mod get;
 mod hedge;
 pub mod ledger;
+mod near;
 mod queue;
 mod tiers;
 mod waves;
@@ -30,6 +31,7 @@ use crate::shard::stats::{Counters, StageTimes};
 use crate::snapshot::{ChunkEntry, Manifest};
 use hedge::Hedge;
 use ledger::{Account, Ledger, Origin};
+use near::Near;
 use waves::Waves;
 
 /// BLAKE3 digest of a chunk's content: its name.
@@ -134,7 +136,7 @@ pub struct Story {
 }
 
 impl Story {
-    const RAM: Story =
+    pub(crate) const RAM: Story =
         Story { tier: Tier::Ram, queue: Duration::ZERO, transfer: Duration::ZERO, verify: Duration::ZERO };
 }
 
@@ -166,6 +168,7 @@ struct Inner<P: Platform, O: ObjectStore> {
     hedge: RefCell<Hedge>,
     cache: RefCell<ChunkCache>,
     waves: RefCell<Waves>,
+    near: RefCell<Near>,
     disk: OnceCell<DiskTier<P>>,
     reads: RefCell<ReadQueue<FetchReply>>,
     /// A task waits for the budgets.
@@ -208,6 +211,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
             hedge,
             cache,
             waves: RefCell::new(Waves::new(ram.pin_waves)),
+            near: RefCell::default(),
             disk: OnceCell::new(),
             reads: RefCell::default(),
             waits_for_budget: Cell::new(false),
@@ -230,6 +234,19 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
         account.ram_bytes.add(u64::from(source.chunk_len));
         account.saved_bytes.add(u64::from(source.stored_len));
         Some(data)
+    }
+
+    /// A chunk that this shard's guests used a moment ago, if it is still in the memory of some shard.
+    #[must_use]
+    pub fn near(&self, digest: &Digest) -> Option<ChunkData> {
+        self.0.near.borrow_mut().get(digest, self.0.platform.now())
+    }
+
+    /// A guest of this shard was given a verified chunk.
+    pub fn note_near(&self, digest: Digest, data: &ChunkData) {
+        if self.0.queue.borrow().shares() {
+            self.0.near.borrow_mut().note(digest, data, self.0.platform.now());
+        }
     }
 
     /// Answers each reply with its verified chunk: from a tier of the cache, by joining (and promoting) a fetch that is

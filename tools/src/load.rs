@@ -4,6 +4,7 @@
 //! its queue: what a hypervisor's agent would see.
 
 pub mod histogram;
+pub mod nbd;
 pub mod replay;
 pub mod report;
 pub mod storm;

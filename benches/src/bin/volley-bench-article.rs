@@ -185,11 +185,13 @@ impl Bench<'_> {
     fn boot_all(&self, address: &str, prefix: &str) -> Result<Report> {
         let plan = storm::Plan {
             target: Target { server: address.to_owned(), deadline: Duration::from_secs(60), depth: 16 },
+            nbd: None,
             volumes: (0..self.args.volumes).map(|number| format!("{prefix}{number}")).collect(),
             connections: HOSTS,
             threads: 1,
             events: self.reads.clone(),
             ask: Ask::Read,
+            first_touches_only: false,
             arrivals: Arrivals::Ramp(Duration::from_secs(1) * self.args.volumes / self.args.arrivals.max(1)),
             speed: Speed::Times(f64::from(self.args.speed.max(1))),
             depth: 1,

@@ -219,7 +219,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
     }
 
     fn request(&self, op: Op, request_id: u64, request: Request) {
-        if let Some(outcome) = self.handler.try_now(&request) {
+        if let Some(outcome) = self.handler.try_now(&request, self.id) {
             self.session.note_outcome(&outcome);
             self.session.reply(|out| convert::reply(out, op, request_id, outcome));
             return;

@@ -11,6 +11,7 @@ mod http;
 mod net;
 #[cfg(test)]
 mod tests;
+mod timers;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -26,6 +27,7 @@ use glommio::{GlommioError, Latency, Shares, TaskQueueHandle};
 pub use self::file::{GlommioFile, HELPERS, ReadBytes, WriteBytes};
 pub use self::http::{GlommioHttp, Resolver};
 pub use self::net::{Acceptor, GlommioConnection, StreamReader, StreamWriter};
+use self::timers::Timers;
 use crate::platform::{DirEntry, OpenMode, Platform, Queue, SpaceInfo, Time};
 
 /// Serving gets ten times the time of background work when both are runnable.
@@ -46,6 +48,7 @@ struct Inner {
     serve: TaskQueueHandle,
     background: TaskQueueHandle,
     random_state: Cell<u64>,
+    timers: Rc<Timers>,
 }
 
 impl Glommio {
@@ -63,7 +66,8 @@ impl Glommio {
             executor.create_task_queue(Shares::Static(BACKGROUND_SHARES), Latency::NotImportant, "background");
         clones::send_by(serve);
         let random_state = Cell::new(kernel_random_u64()?);
-        Ok(Glommio { inner: Rc::new(Inner { serve, background, random_state }) })
+        let timers = Rc::new(Timers::new(serve));
+        Ok(Glommio { inner: Rc::new(Inner { serve, background, random_state, timers }) })
     }
 }
 
@@ -93,7 +97,7 @@ impl Platform for Glommio {
     }
 
     async fn sleep(&self, duration: Duration) {
-        glommio::timer::sleep(duration).await;
+        self.inner.timers.sleep(duration).await;
     }
 
     async fn yield_now(&self) {

@@ -2,10 +2,12 @@
 
 mod loads;
 
+use std::fmt;
 use std::future::Future;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use crate::cache::TierStatus;
+use crate::cache::{ChunkData, TierStatus};
 use crate::error::Result;
 use crate::histogram::HistogramCounts;
 use crate::transfer::Digest;
@@ -138,13 +140,47 @@ pub enum Reply {
     Done,
     Attached(AttachInfo),
     /// Bytes of a read, exactly as long as asked.
-    Data(Vec<u8>),
+    Data(ReadData),
     Residency {
         version: u64,
         extents: Vec<Extent>,
     },
     Stat(Box<VolumeStatus>),
     Names(Vec<String>),
+}
+
+/// Bytes of a read, wherever they are.
+#[derive(Clone)]
+pub enum ReadData {
+    Own(Vec<u8>),
+    /// A part of a verified chunk, which is sent from the cache's memory.
+    Chunk {
+        data: ChunkData,
+        part: Range<usize>,
+    },
+}
+
+impl Deref for ReadData {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            ReadData::Own(bytes) => bytes,
+            ReadData::Chunk { data, part } => &data[part.clone()],
+        }
+    }
+}
+
+impl From<Vec<u8>> for ReadData {
+    fn from(bytes: Vec<u8>) -> ReadData {
+        ReadData::Own(bytes)
+    }
+}
+
+impl fmt::Debug for ReadData {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.len())
+    }
 }
 
 /// What is known of a volume now; the shape of `GET /v1/volumes/{name}`.
@@ -395,8 +431,9 @@ pub type ShardMap = Arc<[String]>;
 /// What a connection needs of its shard; implemented by the shard's handle, and by fakes in tests.
 /// Requests for volumes of other shards are forwarded behind it.
 pub trait Handler: Clone + 'static {
-    /// The hot path: answers requests that need no waiting (a priority fetch of a resident range), else `None`.
-    fn try_now(&self, request: &Request) -> Option<Result<Reply>>;
+    /// The hot path: answers requests that need no waiting (a priority fetch of what is there, a read of a chunk in memory), else
+    /// `None`. `from` as for [`Handler::handle`].
+    fn try_now(&self, request: &Request, from: ConnectionId) -> Option<Result<Reply>>;
     /// `from` is the connection that carries the request: only the one that attached a volume last may use it.
     fn handle(&self, request: Request, from: ConnectionId) -> impl Future<Output = Result<Reply>>;
     /// A connection that had attached (or resumed) the volume closed. Its generation stays valid and can be resumed.

@@ -118,17 +118,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) async fn read(&self, claim: Claim, offset: u64, len: u32) -> Result<Reply> {
         let volume = self.writer(claim)?;
         let range = ByteRange::check(&volume, offset, u64::from(len))?;
-        self.0.counters.guest_reads.add(1);
-        self.0.counters.guest_read_bytes.add(range.len);
-        volume.counters.reads.add(1);
-        volume.counters.read_bytes.add(range.len);
-        volume.account.asked_bytes.add(range.len);
-        self.note_touched(&volume, range.chunks(&volume));
-        self.read_ahead(&volume, range.chunks(&volume));
+        self.note_read(&volume, range);
         let mut out = vec![0; len as usize];
         if volume.map.borrow().is_resident(range.sectors()) {
             self.read_resident(&volume, range, &mut out).await?;
-            return Ok(Reply::Data(out));
+            return Ok(Reply::Data(out.into()));
         }
         self.0.counters.guest_read_misses.add(1);
         volume.counters.read_misses.add(1);
@@ -158,7 +152,17 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         for (chunk, content) in contents {
             self.fill_behind(&volume, chunk, content);
         }
-        Ok(Reply::Data(out))
+        Ok(Reply::Data(out.into()))
+    }
+
+    pub(super) fn note_read(&self, volume: &Rc<Volume<P>>, range: ByteRange) {
+        self.0.counters.guest_reads.add(1);
+        self.0.counters.guest_read_bytes.add(range.len);
+        volume.counters.reads.add(1);
+        volume.counters.read_bytes.add(range.len);
+        volume.account.asked_bytes.add(range.len);
+        self.note_touched(volume, range.chunks(volume));
+        self.read_ahead(volume, range.chunks(volume));
     }
 
     /// Where the time of a read that found chunks absent went; told in the log when it was a lot.
@@ -237,7 +241,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let answers = self.supplies(volume, orders, want, FetchClass::Priority);
             let answers = join_all(answers.into_iter().map(Supplied::get)).await;
             for (chunk, supply) in stored.into_iter().zip(answers) {
-                contents.push((chunk, supply?.into()));
+                let content = supply?.into();
+                self.note_near(&manifest, chunk, &content);
+                contents.push((chunk, content));
             }
             return Ok(contents);
         }
@@ -247,7 +253,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let sources = stored.iter().map(source).collect();
         let answers = join_all(self.request(sources, FetchClass::Priority).into_iter().map(Answer::chunk)).await;
         for (chunk, data) in stored.into_iter().zip(answers) {
-            contents.push((chunk, Content::Data(data?)));
+            let content = Content::Data(data?);
+            self.note_near(&manifest, chunk, &content);
+            contents.push((chunk, content));
         }
         Ok(contents)
     }

@@ -16,7 +16,8 @@ use crate::types::VolumeId;
 const PREFETCH_WINDOW_CHUNKS: usize = 32;
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
-    /// The hot request: a range that is resident already is one look-up.
+    /// The hot request: a range that is resident already is one look-up, and one whose chunks somebody used a moment ago is
+    /// readable.
     pub(super) fn priority_fetch_now(
         &self,
         id: VolumeId,
@@ -32,7 +33,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             FetchUntil::Readable | FetchUntil::Resident => map.is_resident(range.sectors()),
         };
         if !there {
-            return None;
+            drop(map);
+            return if until == FetchUntil::Readable { self.fetch_now(&volume, range) } else { None };
         }
         self.0.counters.priority_fetches.add(1);
         drop(map);

@@ -157,6 +157,18 @@ impl ResidencyMap {
         })
     }
 
+    /// Nothing of the range is resident.
+    #[must_use]
+    pub fn is_absent(&self, range: SectorRange) -> bool {
+        let (first, last) = (self.chunk_of(range.start), self.chunk_of(range.end - 1));
+        (first..=last).all(|chunk| {
+            let whole = self.chunk_sectors(chunk);
+            let mut wanted = range.start.max(whole.start)..range.end.min(whole.end);
+            !self.is_chunk_resident(chunk)
+                && self.partial.get(&chunk).is_none_or(|p| !wanted.any(|s| bit(p, s - whole.start)))
+        })
+    }
+
     /// Resident, and the journal knows.
     #[must_use]
     pub fn is_durable(&self, range: SectorRange) -> bool {

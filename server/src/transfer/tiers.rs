@@ -174,6 +174,7 @@ impl<P: Platform, O: ObjectStore> Transfer<P, O> {
     /// Drops a chunk from both tiers; from which ones it was.
     pub fn drop_cached(&self, digest: &Digest) -> (bool, bool) {
         self.0.waves.borrow_mut().forget(digest);
+        self.0.near.borrow_mut().forget(digest);
         let ram = self.0.cache.borrow_mut().remove(digest);
         (ram, self.disk().is_some_and(|disk| disk.remove(digest)))
     }

@@ -45,7 +45,7 @@ impl Fake {
 }
 
 impl Handler for Fake {
-    fn try_now(&self, request: &Request) -> Option<Result<Reply>> {
+    fn try_now(&self, request: &Request, _: ConnectionId) -> Option<Result<Reply>> {
         let resident = matches!(request, Request::PriorityFetch { volume: VolumeId(RESIDENT), .. });
         resident.then_some(Ok(Reply::Done))
     }
@@ -65,7 +65,7 @@ impl Handler for Fake {
             }
             Request::Read { len, .. } => {
                 self.0.made_bytes.set(self.0.made_bytes.get() + len as usize);
-                Ok(Reply::Data(vec![7; len as usize]))
+                Ok(Reply::Data(vec![7; len as usize].into()))
             }
             Request::Stat { .. } => Err(Error::new(Status::UnknownVolume, "no such volume")),
             Request::ListVolumes { .. } => Ok(Reply::Names(vec!["a".to_owned()])),

@@ -226,7 +226,7 @@ impl Node {
     /// A request at a shard that need not own the volume.
     pub async fn request(&self, shard: usize, from: ConnectionId, request: Request) -> Result<Reply> {
         let shard = &self.shards[shard % self.shards.len()];
-        if let Some(reply) = shard.try_now(&request) {
+        if let Some(reply) = shard.try_now(&request, from) {
             return reply;
         }
         shard.handle(request, from).await

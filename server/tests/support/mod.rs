@@ -202,9 +202,10 @@ impl Node {
 
     /// Any shard will do: it forwards.
     pub async fn request(&self, shard: usize, request: Request) -> Result<Reply> {
-        match self.shards[shard].try_now(&request) {
+        let from = ConnectionId::new(0, 0);
+        match self.shards[shard].try_now(&request, from) {
             Some(answer) => answer,
-            None => self.shards[shard].handle(request, ConnectionId::new(0, 0)).await,
+            None => self.shards[shard].handle(request, from).await,
         }
     }
 
@@ -219,7 +220,7 @@ impl Node {
     pub async fn read(&self, volume: &AttachInfo, offset: u64, len: u32) -> Result<Vec<u8>> {
         let request = Request::Read { volume: volume.volume, generation: volume.generation, offset, len };
         match self.request(volume.volume.owner(self.shards.len()), request).await? {
-            Reply::Data(data) => Ok(data),
+            Reply::Data(data) => Ok(data.to_vec()),
             other => panic!("read answered {other:?}"),
         }
     }

@@ -13,12 +13,17 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use volley_client::FetchUntil;
+use volley_tools::load::nbd::{self, Servers};
 use volley_tools::load::replay::{self, Speed};
 use volley_tools::load::report::Report;
 use volley_tools::load::storm::{self, Arrivals, Ask, Progress};
 use volley_tools::load::workload::{self, Kind};
 use volley_tools::load::{Target, trace};
 use volley_tools::units::{format_size, parse_duration, parse_size};
+
+// Payloads come and go in sizes for which the C library's allocator asks the kernel anew each time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Duration where neither --duration nor --count is given.
 const DURATION_DEFAULT: Duration = Duration::from_secs(10);
@@ -133,6 +138,12 @@ struct StormArgs {
     /// Priority fetches, answered when the data is so far, instead of reads.
     #[arg(long, value_enum, value_name = "UNTIL", conflicts_with = "verify")]
     fetch: Option<Until>,
+    /// Read from these NBD servers, each volume from the export of its name; %s in the address stands for that name.
+    #[arg(long, value_name = "unix:PATH|HOST:PORT", conflicts_with_all = ["fetch", "volume_depth"])]
+    nbd: Option<Servers>,
+    /// Ask only for what touches a chunk that was not asked for before, as a host does that remembers what was answered.
+    #[arg(long)]
+    first_touches: bool,
     /// When the volumes start: at-once, ramp:DURATION, or poisson:PER_SECOND.
     #[arg(long, default_value = "at-once", value_name = "PATTERN")]
     arrivals: Arrivals,
@@ -226,17 +237,25 @@ async fn run_replay(
 fn run_storm(globals: &Globals, args: &StormArgs) -> Result<Report, String> {
     let (names, size_bytes) = block_on(async {
         let names = volumes(globals).await?;
-        let client = target(globals).connect().await?;
-        let size = client.lookup(&names[0]).await.map_err(|error| format!("volume {}: {error}", names[0]))?.size_bytes;
+        let first = &names[0];
+        let size = match &args.nbd {
+            Some(servers) => nbd::Disk::open(&servers.of(first)?, first, globals.deadline).await?.size_bytes(),
+            None => {
+                let found = target(globals).connect().await?.lookup(first).await;
+                found.map_err(|error| format!("volume {first}: {error}"))?.size_bytes
+            }
+        };
         Ok::<_, String>((names, size))
     })??;
     let plan = storm::Plan {
         target: target(globals),
+        nbd: args.nbd.clone(),
         volumes: names,
         connections: globals.connections,
         threads: globals.threads,
         events: trace::load(&args.trace, size_bytes)?,
         ask: args.fetch.map_or(Ask::Read, |until| Ask::Fetch(fetch_until(until))),
+        first_touches_only: args.first_touches,
         arrivals: args.arrivals,
         speed: args.speed,
         depth: args.volume_depth as usize,

@@ -5,23 +5,31 @@
 //! meets them, and (where the replay is paced) from when it was due, so that a node that falls behind is not spared the requests
 //! it delayed.
 
+mod disk;
+
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs::File;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::{self, FuturesUnordered};
 use tokio::time::{Instant, sleep_until};
-use volley_client::{Client, FetchUntil, Volume};
+use volley_client::FetchUntil;
 
+use super::nbd::Servers;
 use super::replay::{Speed, compare, due, read_image};
 use super::report::{Report, Series};
 use super::trace::{Event, Op};
 use super::{Random, Target, check_threads, on_threads};
 use crate::units::parse_duration;
+use disk::{Disk, Host};
+
+/// What the reads of a trace have to give is kept in memory if it is no more than this: looking it up for each machine would take as
+/// long as reading it.
+const WANTED_BYTES_MAX: u64 = 512 << 20;
 
 /// When the volumes of a storm start.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,6 +91,8 @@ pub enum Ask {
 #[derive(Debug)]
 pub struct Plan {
     pub target: Target,
+    /// Reads come from these NBD servers instead of the target.
+    pub nbd: Option<Servers>,
     pub volumes: Vec<String>,
     /// Clients with connections of their own, over which the volumes are dealt.
     pub connections: u32,
@@ -90,6 +100,8 @@ pub struct Plan {
     /// The trace; only its reads are asked for.
     pub events: Vec<Event>,
     pub ask: Ask,
+    /// Leave out what touches only chunks that were asked for before, as a host does that remembers what was answered.
+    pub first_touches_only: bool,
     pub arrivals: Arrivals,
     pub speed: Speed,
     /// Requests in flight of one volume.
@@ -110,6 +122,8 @@ pub struct Progress {
     pub requests: AtomicU64,
     pub bytes: AtomicU64,
     pub errors: AtomicU64,
+    /// Set by whoever watches: no request starts any more.
+    pub stop: AtomicBool,
 }
 
 /// Runs a storm to its end.
@@ -180,6 +194,9 @@ struct Storm<'a> {
     progress: &'a Progress,
     reads: Arc<[Event]>,
     starts: Vec<Duration>,
+    touches: OnceLock<(u32, Arc<[bool]>)>,
+    /// What each read has to give, once it was looked up in the image.
+    wanted: Vec<OnceLock<Vec<u8>>>,
 }
 
 /// One answered request.
@@ -199,37 +216,39 @@ impl<'a> Storm<'a> {
         }
         check_threads(plan.threads, plan.connections)?;
         let starts = plan.arrivals.starts(plan.volumes.len(), plan.seed);
-        Ok(Storm { plan, progress, reads, starts })
+        let bytes: u64 = reads.iter().map(|read| read.len).sum();
+        let kept = if plan.verify.is_some() && bytes <= WANTED_BYTES_MAX { reads.len() } else { 0 };
+        let wanted = (0..kept).map(|_| OnceLock::new()).collect();
+        Ok(Storm { plan, progress, reads, starts, touches: OnceLock::new(), wanted })
     }
 
-    /// The connections of a thread, by number.
-    async fn connect(&self, thread: u32) -> Result<Vec<(u32, Client)>, String> {
-        let mut clients = Vec::new();
+    /// The hosts of a thread, by number.
+    async fn connect(&self, thread: u32) -> Result<Vec<(u32, Host)>, String> {
+        let mut hosts = Vec::new();
         for connection in (thread..self.plan.connections).step_by(self.plan.threads as usize) {
-            clients.push((connection, self.plan.target.connect().await?));
+            hosts.push((connection, Host::new(self.plan).await?));
         }
-        Ok(clients)
+        Ok(hosts)
     }
 
-    async fn boot_all(&self, clients: Vec<(u32, Client)>) -> Tally {
+    async fn boot_all(&self, hosts: Vec<(u32, Host)>) -> Tally {
         let (begun, tally) = (Instant::now(), RefCell::default());
-        let boots = clients.iter().flat_map(|(connection, client)| {
+        let boots = hosts.iter().flat_map(|(connection, host)| {
             let mine = (*connection as usize..self.plan.volumes.len()).step_by(self.plan.connections as usize);
-            mine.map(|number| self.boot(client, number, begun, &tally)).collect::<Vec<_>>()
+            mine.map(|number| self.boot(host, number, begun, &tally)).collect::<Vec<_>>()
         });
         let boots: FuturesUnordered<_> = boots.collect();
-        let attached: Vec<Option<Volume>> = boots.collect().await;
+        let attached: Vec<Option<Disk>> = boots.collect().await;
         let mut whole = tally.take();
         whole.elapsed = begun.elapsed();
-        for volume in attached.into_iter().flatten() {
-            // What counts was measured; a volume that another host took meanwhile is its own affair.
-            let _ = volume.detach().await;
+        for disk in attached.into_iter().flatten() {
+            disk.detach().await;
         }
         whole
     }
 
     /// One machine: attaches its volume and replays the trace. The volume stays attached, as a running machine's.
-    async fn boot(&self, client: &Client, number: usize, begun: Instant, tally: &RefCell<Tally>) -> Option<Volume> {
+    async fn boot(&self, host: &Host, number: usize, begun: Instant, tally: &RefCell<Tally>) -> Option<Disk> {
         let (start, end) = (begun + self.starts[number], begun + self.plan.duration);
         sleep_until(start.min(end)).await;
         if start > end {
@@ -237,23 +256,25 @@ impl<'a> Storm<'a> {
             return None;
         }
         let name = &self.plan.volumes[number];
-        let attached = client.attach(name).await;
+        let attached = host.attach(self.plan, name).await;
         let outcome = attached.as_ref().map(|_| ()).map_err(|error| format!("volume {name}: {error}"));
         self.count(0, outcome.is_ok());
         tally.borrow_mut().attach.record(start.elapsed(), 0, outcome);
-        let volume = attached.ok()?;
+        let disk = attached.ok()?;
         self.progress.attached.fetch_add(1, Ordering::Relaxed);
-        if self.replay(&volume, start, end, tally).await {
+        if self.replay(name, &disk, start, end, tally).await {
             tally.borrow_mut().boots.record(start.elapsed(), 0, Ok(()));
             self.progress.finished.fetch_add(1, Ordering::Relaxed);
         }
-        Some(volume)
+        Some(disk)
     }
 
     /// Whether every request was made and answered.
-    async fn replay(&self, volume: &Volume, start: Instant, end: Instant, tally: &RefCell<Tally>) -> bool {
-        let first_touches = first_touches(&self.reads, volume.chunk_bytes());
-        let requests = self.reads.iter().enumerate().map(|(index, event)| async move {
+    async fn replay(&self, name: &str, disk: &Disk, start: Instant, end: Instant, tally: &RefCell<Tally>) -> bool {
+        let touches = self.touches(disk.chunk_bytes());
+        let asked = (0..self.reads.len()).filter(|index| touches[*index] || !self.plan.first_touches_only);
+        let requests = asked.map(|index| async move {
+            let event = &self.reads[index];
             let due = match self.plan.speed {
                 Speed::Times(times) => Some(start + due(event, times).min(self.plan.duration)),
                 Speed::Max => None,
@@ -262,10 +283,10 @@ impl<'a> Storm<'a> {
                 sleep_until(due.min(end)).await;
             }
             let sent = Instant::now();
-            if sent >= end {
+            if sent >= end || self.progress.stop.load(Ordering::Relaxed) {
                 return None;
             }
-            let (outcome, wrong) = self.ask(volume, event).await;
+            let (outcome, wrong) = self.ask(name, disk, index).await;
             let (latency, since_due) = (sent.elapsed(), due.map(|due| due.elapsed()));
             Some(Done { index, latency, since_due, outcome, wrong })
         });
@@ -279,7 +300,7 @@ impl<'a> Storm<'a> {
             };
             whole &= done.outcome.is_ok();
             let len = self.reads[done.index].len;
-            let series = if first_touches.contains(&done.index) { &mut tally.first_touch } else { &mut tally.later };
+            let series = if touches[done.index] { &mut tally.first_touch } else { &mut tally.later };
             self.count(len, done.outcome.is_ok());
             tally.mismatches += u64::from(done.wrong);
             if let Some(since_due) = done.since_due.filter(|_| done.outcome.is_ok()) {
@@ -288,6 +309,12 @@ impl<'a> Storm<'a> {
             series.record(done.latency, len, done.outcome);
         }
         whole
+    }
+
+    /// For each read, whether it touches a chunk that none before it touched.
+    fn touches(&self, chunk_bytes: u32) -> Arc<[bool]> {
+        let (of, touches) = self.touches.get_or_init(|| (chunk_bytes, first_touches(&self.reads, chunk_bytes)));
+        if *of == chunk_bytes { touches.clone() } else { first_touches(&self.reads, chunk_bytes) }
     }
 
     fn count(&self, bytes: u64, good: bool) {
@@ -299,31 +326,43 @@ impl<'a> Storm<'a> {
     }
 
     /// One request; whether its answer was wrong data.
-    async fn ask(&self, volume: &Volume, event: &Event) -> (Result<(), String>, bool) {
-        let failed = |error: volley_client::Error| format!("volume {}: {error}", volume.name());
-        match self.plan.ask {
-            Ask::Fetch(until) => (volume.priority_fetch(event.offset, event.len, until).await.map_err(failed), false),
-            Ask::Read => match (volume.read(event.offset, event.len as usize).await, &self.plan.verify) {
-                (Err(error), _) => (Err(failed(error)), false),
-                (Ok(_), None) => (Ok(()), false),
-                (Ok(data), Some(image)) => {
-                    let checked = read_image(image, event).and_then(|want| compare(event, &data, &want));
-                    let wrong = checked.is_err();
-                    (checked.map_err(|why| format!("volume {}: {why}", volume.name())), wrong)
+    async fn ask(&self, name: &str, disk: &Disk, index: usize) -> (Result<(), String>, bool) {
+        let event = &self.reads[index];
+        let named = |error: String| format!("volume {name}: {error}");
+        match (self.plan.ask, &self.plan.verify) {
+            (Ask::Fetch(until), _) => (disk.fetch(event, until).await.map_err(named), false),
+            (Ask::Read, None) => (disk.read(event, |_| ()).await.map_err(named), false),
+            (Ask::Read, Some(image)) => {
+                let check = |data: &[u8]| self.check(index, image, data);
+                match disk.read(event, check).await {
+                    Err(error) => (Err(named(error)), false),
+                    Ok(checked) => (checked.clone().map_err(named), checked.is_err()),
                 }
-            },
+            }
         }
+    }
+
+    /// Compares what was read with the image.
+    fn check(&self, index: usize, image: &File, data: &[u8]) -> Result<(), String> {
+        let event = &self.reads[index];
+        let Some(wanted) = self.wanted.get(index) else { return compare(event, data, &read_image(image, event)?) };
+        let wanted = match wanted.get() {
+            Some(wanted) => wanted,
+            None => {
+                let read = read_image(image, event)?;
+                wanted.get_or_init(|| read)
+            }
+        };
+        compare(event, data, wanted)
     }
 }
 
 /// Which requests of a replay touch a chunk that none before them touched.
-fn first_touches(reads: &[Event], chunk_bytes: u32) -> HashSet<usize> {
+fn first_touches(reads: &[Event], chunk_bytes: u32) -> Arc<[bool]> {
     let mut touched = HashSet::new();
-    let new = |(index, event): (usize, &Event)| {
-        let chunks = event.chunks(chunk_bytes.max(1).into());
-        chunks.fold(false, |new, chunk| touched.insert(chunk) | new).then_some(index)
-    };
-    reads.iter().enumerate().filter_map(new).collect()
+    let mut is_new =
+        |event: &Event| event.chunks(chunk_bytes.into()).fold(false, |new, chunk| touched.insert(chunk) | new);
+    reads.iter().map(&mut is_new).collect()
 }
 
 #[cfg(test)]
@@ -356,8 +395,6 @@ mod tests {
     fn a_first_touch_is_of_any_new_chunk() {
         let read = |offset, len| Event { at_us: 0, op: Op::Read, offset, len };
         let reads = [read(0, 4096), read(4096, 4096), read(61440, 8192), read(65536, 512), read(1 << 20, 512)];
-        let mut first: Vec<_> = first_touches(&reads, 65536).into_iter().collect();
-        first.sort_unstable();
-        assert_eq!(first, [0, 2, 4]);
+        assert_eq!(first_touches(&reads, 65536)[..], [true, false, true, false, true]);
     }
 }

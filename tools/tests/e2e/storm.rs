@@ -95,3 +95,28 @@ fn a_storm_that_makes_no_sense_is_refused_by_name() {
     storm(&site, &[]).fails_naming(&["reads nothing"]);
     node.stop();
 }
+
+#[test]
+fn through_an_agent_the_same_bytes_arrive_and_a_host_that_remembers_asks_once_for_each_chunk() {
+    let (site, node) = site_with_volumes();
+    let agent = site.agent("agent", &[]);
+    let nbd = format!("unix:{}", agent.socket().display());
+    let shown = |name: &str| site.path(name).display().to_string();
+    let (image, other) = (shown("image.raw"), shown("other.raw"));
+    let words = ["--connections", "3", "--nbd", &nbd, "--speed", "max", "--verify", &image];
+    let whole = report(&storm(&site, &words).success());
+    assert_eq!((whole["errors"].as_u64(), whole["mismatches"].as_u64()), (Some(0), Some(0)));
+    assert_eq!((requests(&whole, "first-touch"), requests(&whole, "later")), (2 * VOLUMES, VOLUMES));
+    assert_eq!(requests(&whole, "boots"), VOLUMES);
+    let wrong = storm(&site, &["--nbd", &nbd, "--speed", "max", "--verify", &other]);
+    assert_eq!((wrong.code, report(&wrong.stdout)["mismatches"].as_u64()), (1, Some(3 * VOLUMES)), "{wrong:?}");
+    storm(&site, &["--nbd", &nbd, "--fetch", "readable"]).fails_naming(&["--nbd", "--fetch"]);
+    storm(&site, &["--nbd", "nowhere"]).fails_naming(&["nowhere", "address"]);
+
+    let once = ["--fetch", "readable", "--first-touches", "--speed", "max"];
+    let once = report(&storm(&site, &once).success());
+    assert_eq!((requests(&once, "first-touch"), requests(&once, "later")), (2 * VOLUMES, 0));
+    assert_eq!((once["errors"].as_u64(), requests(&once, "boots")), (Some(0), VOLUMES));
+    agent.stop();
+    node.stop();
+}

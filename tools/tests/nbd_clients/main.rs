@@ -6,3 +6,4 @@
 mod foreign;
 mod harness;
 mod hostile;
+mod own;

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use glommio::{LocalExecutorBuilder, Placement};
@@ -293,5 +294,34 @@ fn randomness_differs_between_platforms_and_time_moves() {
         platform.sleep(std::time::Duration::from_millis(2)).await;
         assert!(platform.now().since(before) >= std::time::Duration::from_millis(2));
         assert!(platform.wall_clock_ms() > 1_600_000_000_000);
+    });
+}
+
+#[test]
+fn thousands_sleep_at_once_and_each_wakes_when_it_is_due() {
+    on_executor(|platform, _| async move {
+        let begun = Instant::now();
+        let forgotten: Vec<_> = (0..5000).map(|_| Box::pin(platform.sleep(Duration::from_secs(600)))).collect();
+        let mut forgotten = forgotten;
+        for sleep in &mut forgotten {
+            assert!(futures::poll!(sleep.as_mut()).is_pending());
+        }
+        // Each sooner than the one before, so that whoever waits for the earliest is told every time.
+        let sleeps = (0..50).rev().map(|tens| {
+            let (platform, wanted) = (platform.clone(), Duration::from_millis(tens * 10));
+            async move {
+                platform.sleep(wanted).await;
+                let late = begun.elapsed().saturating_sub(wanted);
+                assert!(begun.elapsed() >= wanted && late < Duration::from_secs(5), "{wanted:?}: {late:?} late");
+            }
+        });
+        join_all(sleeps).await;
+        drop(forgotten);
+        platform.sleep(Duration::ZERO).await;
+        platform.sleep(Duration::from_millis(1)).await;
+        // One that was dropped wakes nobody, and one after it still wakes.
+        let dropped = Box::pin(platform.sleep(Duration::from_millis(5)));
+        let (kept, ()) = futures::join!(platform.sleep(Duration::from_millis(20)), async move { drop(dropped) });
+        assert_eq!(kept, ());
     });
 }
