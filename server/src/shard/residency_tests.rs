@@ -76,6 +76,10 @@ proptest! {
             prop_assert!(some[..some.len() - 1] == runs[..some.len() - 1] && some.last().unwrap().end <= SECTORS);
             prop_assert!(runs.iter().all(|r| (r.start..r.end).all(|s| now[s as usize] == r.resident)));
             prop_assert_eq!(map.is_resident(whole), now.iter().all(|r| *r));
+            for pair in 0..SECTORS - 1 {
+                let (first, second) = (now[pair as usize], now[pair as usize + 1]);
+                prop_assert_eq!(map.is_absent(SectorRange { start: pair, end: pair + 2 }), !first && !second);
+            }
             prop_assert_eq!(map.is_full_and_durable(), now.iter().all(|r| *r) && !map.has_dirty());
             let absent = (0..6u32).find(|c| !map.is_resident(map.chunk_sectors(*c)));
             prop_assert_eq!(map.next_absent_chunk(0), absent);
