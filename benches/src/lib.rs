@@ -3,6 +3,7 @@
 pub mod figure;
 pub mod fio;
 pub mod mix;
+pub mod mount;
 pub mod origin;
 pub mod policies;
 pub mod process;

@@ -2,6 +2,7 @@
 //! cores, and what the same machines would have without us. Start it with `tools/bench storm`, which builds everything it runs.
 //!
 //! - `storm` ([`wave`]): creation, and every priority fetch that a recorded boot of Debian needs, for all volumes;
+//! - `shared` ([`wave`]): the same on a store that shares extents, until the data is in the volumes;
 //! - `disk` ([`wave`]): hydration on a store of unbounded bandwidth while such a storm goes on, beside fio;
 //! - `guest` ([`wave`]): a guest's own I/O during the storm, beside the same guest alone;
 //! - `many`, `plain` and `one` ([`replay`]): the boot read with its data, cold, every byte compared with the image: many volumes
@@ -80,6 +81,8 @@ struct Args {
 enum Part {
     /// The storm itself.
     Storm,
+    /// The storm on a store that shares extents, until the data is in the volumes. Root only.
+    Shared,
     /// Hydration during a storm beside fio.
     Disk,
     /// A guest during the storm.
@@ -119,8 +122,9 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     site.answer(Some(&args.site));
     let bench = Bench { args, site: &site, reads, image: kept };
     let mut figures = Vec::new();
-    let parts: [(Part, Measure<'_>); 7] = [
+    let parts: [(Part, Measure<'_>); 8] = [
         (Part::Storm, Bench::storm),
+        (Part::Shared, Bench::shared),
         (Part::Disk, Bench::disk),
         (Part::Guest, Bench::guest),
         (Part::One, Bench::one),
@@ -158,7 +162,16 @@ struct Asking {
 impl Bench<'_> {
     /// A node of its own; the file system of its store takes as much hydration each second.
     fn node<T>(&self, hydration: &str, boots: &str, measure: impl FnOnce(&Server) -> Result<T>) -> Result<T> {
-        let store = self.site.dir().join("node/store");
+        self.node_on(&self.site.dir().join("node/store"), hydration, boots, measure)
+    }
+
+    fn node_on<T>(
+        &self,
+        store: &Path,
+        hydration: &str,
+        boots: &str,
+        measure: impl FnOnce(&Server) -> Result<T>,
+    ) -> Result<T> {
         let config = format!(
             "{boots}[[store]]\nlabel = \"store\"\npath = \"{}\"\nhydration_bandwidth = \"{hydration}\"\n",
             store.display()

@@ -1,12 +1,14 @@
 //! The storm: all volumes made by one request and asked for what they boot from, what the disk does meanwhile, and what a guest
 //! feels of it.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use volley_benches::figure::{Figure, Pair, ms};
 use volley_benches::fio;
+use volley_benches::mount::Xfs;
 use volley_benches::process::{Result, Server, run};
 use volley_client::FetchUntil;
 use volley_tools::load::report::Report;
@@ -16,6 +18,8 @@ use super::{Asking, Bench, HOSTS};
 
 /// What the background may write each second: a storm of minutes must not fill a disk.
 const HYDRATION_BANDWIDTH: &str = "100MiB";
+/// The file system that shares extents: sparse, so it takes what the volumes have of their own.
+const XFS_BYTES: u64 = 64 << 30;
 /// What fio writes to measure the disk.
 const FIO_MIB: u32 = 2048;
 /// How often the node is asked how much it has written.
@@ -37,31 +41,51 @@ struct Felt {
 impl Bench<'_> {
     /// Creation of all volumes, and every priority fetch of their boots.
     pub(super) fn storm(&self, figures: &mut Vec<Figure>) -> Result<()> {
-        let volumes = self.args.volumes;
-        eprintln!("storm: {volumes} volumes");
-        self.node(HYDRATION_BANDWIDTH, "", |server| {
-            let begun = Instant::now();
-            self.create(server, volumes, &[])?;
-            let created = begun.elapsed();
-            let _ = self.site.origin().take_counts();
-            let report = self.fetch_all(server, volumes, &Progress::default())?;
-            // Not the detaching afterwards, which is no part of a boot.
-            let whole = created + report.elapsed;
-            let (_, bytes) = self.site.origin().take_counts();
-            let (first, later) = (report.of("first-touch").latency, report.of("later").latency);
-            let mut figure = |name: &str, unit: &'static str, value: f64| {
-                figures.push(Figure::alone(&format!("storm_{name}"), unit, &[value]));
-            };
-            figure("volumes", "", f64::from(volumes));
-            figure("created_seconds", "s", created.as_secs_f64());
-            figure("seconds", "s", whole.as_secs_f64());
-            figure("fetches", "", (first.count() + later.count()) as f64);
-            figure("fetches_per_second", "1/s", (first.count() + later.count()) as f64 / report.elapsed.as_secs_f64());
-            figure("attach_p99_ms", "ms", ms(report.of("attach").latency.quantile(0.99)));
-            figure("first_touch_p99_ms", "ms", ms(first.quantile(0.99)));
-            figure("copies_from_object_store", "x", bytes as f64 / self.stored_bytes()?);
+        let store = self.site.dir().join("node/store");
+        self.node_on(&store, HYDRATION_BANDWIDTH, "", |server| {
+            self.storm_of(server, FetchUntil::Readable, "storm", &mut *figures)
+        })
+    }
+
+    /// The same on a store that shares extents, where every fetch is answered when its data is in the volume.
+    pub(super) fn shared(&self, figures: &mut Vec<Figure>) -> Result<()> {
+        let xfs = Xfs::new(self.site.dir(), XFS_BYTES)?;
+        let store = xfs.path().join("store");
+        self.node_on(&store, "unlimited", "", |server| {
+            let before = used_bytes(xfs.path())?;
+            self.storm_of(server, FetchUntil::Resident, "storm_shared", &mut *figures)?;
+            let used = used_bytes(xfs.path())?.saturating_sub(before) as f64 / f64::from(1 << 20);
+            figures.push(Figure::alone("storm_shared_disk_mib", "MiB", &[used]));
             Ok(())
         })
+    }
+
+    fn storm_of(&self, server: &Server, until: FetchUntil, prefix: &str, figures: &mut Vec<Figure>) -> Result<()> {
+        let volumes = self.args.volumes;
+        eprintln!("{prefix}: {volumes} volumes");
+        let _ = self.site.origin().take_counts();
+        let begun = Instant::now();
+        self.create(server, volumes, &[])?;
+        let created = begun.elapsed();
+        let report = self.fetch_all(server, volumes, until, &Progress::default())?;
+        // Not the detaching afterwards, which is no part of a boot.
+        let whole = created + report.elapsed;
+        let (_, bytes) = self.site.origin().take_counts();
+        let (first, later) = (report.of("first-touch").latency, report.of("later").latency);
+        let fetches = (first.count() + later.count()) as f64;
+        for (name, unit, value) in [
+            ("volumes", "", f64::from(volumes)),
+            ("created_seconds", "s", created.as_secs_f64()),
+            ("seconds", "s", whole.as_secs_f64()),
+            ("fetches", "", fetches),
+            ("fetches_per_second", "1/s", fetches / report.elapsed.as_secs_f64()),
+            ("attach_p99_ms", "ms", ms(report.of("attach").latency.quantile(0.99))),
+            ("first_touch_p99_ms", "ms", ms(first.quantile(0.99))),
+            ("copies_from_object_store", "x", bytes as f64 / self.stored_bytes()?),
+        ] {
+            figures.push(Figure::alone(&format!("{prefix}_{name}"), unit, &[value]));
+        }
+        Ok(())
     }
 
     /// What hydration writes while a storm goes on, on a store without a bound, beside what fio writes to the same disk.
@@ -90,7 +114,7 @@ impl Bench<'_> {
             let storm = scope.spawn(|| {
                 // Those that were answered are asked again, so that the storm does not end before the disk has something to do.
                 while !progress.stop.load(Ordering::Relaxed) {
-                    self.fetch_all(server, volumes, &progress)?;
+                    self.fetch_all(server, volumes, FetchUntil::Readable, &progress)?;
                 }
                 Ok::<(), String>(())
             });
@@ -138,7 +162,7 @@ impl Bench<'_> {
         let begun = Instant::now();
         let stormed = self
             .create(server, self.args.volumes, &[])
-            .and_then(|()| self.fetch_all(server, self.args.volumes, &Progress::default()));
+            .and_then(|()| self.fetch_all(server, self.args.volumes, FetchUntil::Readable, &Progress::default()));
         let storm_seconds = begun.elapsed().as_secs_f64();
         // SAFETY: a signal to a child that has not been waited for; fio then prints what it measured.
         unsafe { libc::kill(i32::try_from(guest.id()).expect("pids fit"), libc::SIGINT) };
@@ -150,8 +174,14 @@ impl Bench<'_> {
         Ok(Felt { p99_ms: pair(stormy.0, quiet.0), iops: pair(stormy.1, quiet.1), storm_seconds })
     }
 
-    fn fetch_all(&self, server: &Server, volumes: u32, progress: &Progress) -> Result<Report> {
-        let asking = Asking { volumes, ask: Ask::Fetch(FetchUntil::Readable), nbd: None, hosts: HOSTS };
+    fn fetch_all(
+        &self,
+        server: &Server,
+        volumes: u32,
+        until: FetchUntil,
+        progress: &Progress,
+    ) -> Result<Report> {
+        let asking = Asking { volumes, ask: Ask::Fetch(until), nbd: None, hosts: HOSTS };
         self.ask(&server.ready_word("data")?, asking, progress)
     }
 
@@ -161,4 +191,10 @@ impl Bench<'_> {
         let shown: serde_json::Value = serde_json::from_str(&shown).map_err(|e| format!("image show: {e}"))?;
         shown["stored_bytes"].as_f64().ok_or_else(|| "image show prints no stored_bytes".to_owned())
     }
+}
+
+/// What is used of a file system.
+fn used_bytes(at: &Path) -> Result<u64> {
+    let space = volley_server::metrics::space_of(at).map_err(|e| format!("{}: {e}", at.display()))?;
+    Ok(space.total_bytes - space.free_bytes)
 }
