@@ -17,6 +17,7 @@ use progress::Totals;
 
 use crate::batch::{self, Record, State, Stored};
 use crate::error::Status;
+use crate::metrics::Metric;
 use crate::shard::api::StoreLoad;
 use crate::types::HydrationRate;
 
@@ -208,6 +209,17 @@ impl Batches {
                 *promised = promised.saturating_add(volumes.saturating_mul(rate));
             }
         }
+    }
+
+    /// Metric name, kind, help text and value of each.
+    pub(super) fn metrics(&self) -> Vec<Metric> {
+        let records: Vec<Record> = self.all().iter().map(|entry| entry.record()).collect();
+        let count = |state: State| records.iter().filter(|record| record.state == state).count() as u64;
+        vec![
+            ("batches_creating", "gauge", "Batches whose volumes are being made.", count(State::Creating)),
+            ("batches_cancelling", "gauge", "Batches whose volumes are being deleted.", count(State::Cancelling)),
+            ("batches_stalled", "gauge", "Batches that wait for an operator: retry or cancel.", count(State::Stalled)),
+        ]
     }
 
     /// Images of batches that are not complete.

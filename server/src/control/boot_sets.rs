@@ -234,7 +234,7 @@ impl Control {
             ("bootset_wasted_chunks_total", "Chunks of a boot set that a boot did not touch.", wasted),
             ("bootset_new_chunks_total", "Chunks that a boot touched and its set did not have.", new),
         ]
-        .map(|(name, help, value)| ("counter", name, help, value))
+        .map(|(name, help, value)| (name, "counter", help, value))
         .to_vec()
     }
 }

@@ -119,8 +119,13 @@ pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoR
     let sharing = sharing(&stats, control.0.stores.len());
     let stores = control.0.stores.iter().zip(sharing);
     let stores: Vec<StoreGauges> = stores.filter_map(|(store, sharing)| StoreGauges::of(store, sharing)).collect();
-    let of_process =
-        [control.0.http.metrics().to_vec(), control.ledger_metrics().await?, control.boot_set_metrics().await].concat();
+    let of_process = [
+        control.0.http.metrics().to_vec(),
+        control.ledger_metrics().await?,
+        control.boot_set_metrics().await,
+        control.0.batches.metrics(),
+    ]
+    .concat();
     let text = metrics::encode(&stats, &stores, &of_process, control.started_unix_ms());
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
 }

@@ -229,6 +229,10 @@ fn node_health_and_metrics() {
     let (_, metrics) = node.text("/metrics");
     assert!(metrics.contains("volley_volumes{shard=\"1\"}"), "{metrics}");
     assert!(metrics.contains("volley_store_free_bytes{store=\"b\"}"), "{metrics}");
+    assert!(metrics.contains("\nvolley_bootset_boots_total 0\n"), "{metrics}");
+    for kind in metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")).map(|line| line.split(' ').nth(1)) {
+        assert!(matches!(kind, Some("counter" | "gauge" | "histogram")), "{kind:?}");
+    }
 }
 
 #[test]

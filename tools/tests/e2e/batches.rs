@@ -196,6 +196,28 @@ fn a_store_that_became_read_only_is_passed_over_and_its_batch_stalls_alone() {
 }
 
 #[test]
+fn a_store_that_is_taken_away_in_the_middle_loses_its_part_to_the_others() {
+    let site = site();
+    let (a, b, gone) = (site.path("a"), site.path("b"), site.path("gone"));
+    let node = site.start(&with_stores(&[("a", &a), ("b", &b)]));
+    let batch = id(&node.json(&site, &create("5000", "vm-", &["--spread", "domain"])));
+    eventually("the first volumes", || number(&show(&node, &site, &batch), "volumes") > 0);
+    std::fs::rename(&a, &gone).expect("take the store away");
+    node.volley(&site, &["batch", "watch", &batch, "--until", "created", "--timeout", "120s"]).success();
+    let created = show(&node, &site, &batch);
+    let volumes: u64 = created["stores"].as_array().expect("stores").iter().map(|store| number(store, "volumes")).sum();
+    println!("{} volumes were made before the store was gone", files(&gone));
+    assert_eq!((volumes, files(&gone) + files(&b)), (5000, 5000), "{created}");
+    let placed = node.volley(&site, &["place", "--dry-run", "--snapshot", "debian-12", "--count", "1"]).success();
+    assert!(placed.contains("No such file"), "{placed}");
+    std::fs::rename(&gone, &a).expect("bring the store back");
+    node.volley(&site, &["batch", "cancel", &batch]).success();
+    assert_eq!((files(&a), files(&b)), (0, 0));
+    node.stop();
+    is_clean(&site);
+}
+
+#[test]
 fn a_batch_waits_for_an_object_store_that_goes_away_in_the_middle() {
     let site = site();
     let node = site.start_default();

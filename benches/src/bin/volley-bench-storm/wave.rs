@@ -174,13 +174,7 @@ impl Bench<'_> {
         Ok(Felt { p99_ms: pair(stormy.0, quiet.0), iops: pair(stormy.1, quiet.1), storm_seconds })
     }
 
-    fn fetch_all(
-        &self,
-        server: &Server,
-        volumes: u32,
-        until: FetchUntil,
-        progress: &Progress,
-    ) -> Result<Report> {
+    fn fetch_all(&self, server: &Server, volumes: u32, until: FetchUntil, progress: &Progress) -> Result<Report> {
         let asking = Asking { volumes, ask: Ask::Fetch(until), nbd: None, hosts: HOSTS };
         self.ask(&server.ready_word("data")?, asking, progress)
     }

@@ -161,6 +161,7 @@ fn a_batch_that_no_store_takes_stalls_and_goes_on_when_asked() {
     let (volumes, failed) = (stalled["volumes"].as_u64().unwrap(), stalled["volumes_failed"].as_u64().unwrap());
     assert_eq!(volumes + failed, 600, "{stalled}");
     assert!(failed > 0 && stalled["problem"].as_str().unwrap().contains("store is full"), "{stalled}");
+    assert!(node.text("/metrics").1.contains("\nvolley_batches_stalled 1\n"), "to be alerted by");
     // Nobody takes its names or deletes what it has meanwhile.
     let missing = (0..600).map(|n| format!("v{n}")).find(|name| !node.names().contains(name)).unwrap();
     assert_eq!(code(&node.post("/v1/volumes", &json!({"size_bytes": 4096, "name": missing}))), (409, "name_taken"));
