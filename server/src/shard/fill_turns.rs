@@ -92,8 +92,7 @@ impl FillTurns {
 
     fn allowed(&self, now: Time) -> Allowed {
         let allowed = self.harm.borrow_mut().allowed(now);
-        // What was not used is not made up for in one go: guests would feel it.
-        self.pace.borrow_mut().set_rate(allowed.bytes_per_second, allowed.in_flight_bytes.max(1), now);
+        self.pace.borrow_mut().set_rate(allowed.bytes_per_second, allowed.burst_bytes, now);
         allowed
     }
 

@@ -84,7 +84,7 @@ impl GuestIo {
 pub struct HarmLimits {
     /// p99 of guests by their baseline, in hundredths; `None`: guests' latency is not looked at.
     pub bound_percent: Option<u32>,
-    /// Bytes per second that hydration may move at least, but for probes.
+    /// Bytes per second that hydration may move at least, over a second with a probe in it too.
     pub floor: u64,
 }
 
@@ -119,6 +119,9 @@ pub struct Allowed {
     pub in_flight_bytes: u64,
     /// `None`: as fast as it can.
     pub bytes_per_second: Option<u64>,
+    /// What may be made up for in one go of what was not used: enough for the floor to hold over a second, no more than guests
+    /// hardly feel.
+    pub burst_bytes: u64,
     /// A probe: nothing begins that no guest waits for. It lasts for less than half a second.
     pub paused: bool,
 }
@@ -259,6 +262,9 @@ pub struct Harm {
     /// Since the rate changed last.
     since: Time,
     filled: u64,
+    /// What began earlier has met more fills than there are now, or a probe. A long I/O may see many decisions, so it is not
+    /// the last one that counts.
+    fair_from: Time,
     /// Fills at the disk, and when there was one last.
     fills: u32,
     fill_at: Option<Time>,
@@ -281,6 +287,7 @@ impl Harm {
             edge: None,
             falling: false,
             since: now,
+            fair_from: now,
             filled: 0,
             fills: 0,
             fill_at: None,
@@ -315,7 +322,7 @@ impl Harm {
             kind.add_quiet(us, self.now);
             self.probe_samples += 1;
         }
-        if begun >= self.since {
+        if begun >= self.fair_from {
             kind.samples += 1;
             kind.above += u64::from(kind.most(bound).is_some_and(|most| us > most));
         }
@@ -337,7 +344,11 @@ impl Harm {
 
     pub fn allowed(&mut self, now: Time) -> Allowed {
         self.hear(now);
-        let limited = |in_flight_bytes, bytes_per_second, paused| Allowed { in_flight_bytes, bytes_per_second, paused };
+        let floor = self.limits.floor;
+        let limited = |in_flight_bytes: u64, bytes_per_second, paused| {
+            let burst_bytes = in_flight_bytes.max(floor / 2).max(1);
+            Allowed { in_flight_bytes, bytes_per_second, burst_bytes, paused }
+        };
         if !self.used() {
             return limited(IN_FLIGHT_QUIET_BYTES, None, false);
         }
@@ -384,7 +395,7 @@ impl Harm {
     }
 
     fn begin_window(&mut self) {
-        (self.since, self.filled, self.probe_until) = (self.now, 0, None);
+        (self.since, self.fair_from, self.filled, self.probe_until) = (self.now, self.now, 0, None);
         self.kinds.iter_mut().for_each(|kind| (kind.samples, kind.above) = (0, 0));
     }
 
@@ -444,7 +455,7 @@ impl Harm {
             self.slow_downs += 1;
             // Step by step it goes down from one and the same edge.
             self.edge = self.edge.filter(|edge| self.falling && *edge > did).or(Some(did));
-            (self.rate, self.falling) = (slower, true);
+            (self.rate, self.falling, self.fair_from) = (slower, true, self.now);
         }
         self.decided();
     }

@@ -98,8 +98,8 @@ impl Lab {
 
     fn may_fill(&mut self) -> bool {
         let now = Time(self.now);
-        let Allowed { in_flight_bytes, bytes_per_second, paused } = self.harm.allowed(now);
-        self.pace.set_rate(bytes_per_second, in_flight_bytes.max(1), now);
+        let Allowed { in_flight_bytes, bytes_per_second, burst_bytes, paused } = self.harm.allowed(now);
+        self.pace.set_rate(bytes_per_second, burst_bytes, now);
         let room = self.fills.is_empty() || (self.fills.len() as u64 + 1) * CHUNK <= in_flight_bytes;
         !paused && room && self.pace.take(CHUNK, now).is_ok()
     }
@@ -139,7 +139,7 @@ proptest! {
         let (mut rates, mut took) = (Vec::new(), Vec::new());
         for _ in 0..20 {
             lab.run(1, true);
-            prop_assert!(lab.filled + 2 * CHUNK >= floor / 10 * 7, "{} bytes in a second, floor {floor}", lab.filled);
+            prop_assert!(lab.filled + 2 * CHUNK >= floor / 10 * 8, "{} bytes in a second, floor {floor}", lab.filled);
             rates.append(&mut lab.rates);
             took.append(&mut lab.took_us);
         }
@@ -153,8 +153,8 @@ proptest! {
         // The guests leave.
         let ios = std::mem::take(&mut lab.device.guest_ios_per_second);
         lab.run(1, true);
-        let free = Allowed { in_flight_bytes: IN_FLIGHT_QUIET_BYTES, bytes_per_second: None, paused: false };
-        prop_assert_eq!(lab.harm.allowed(Time(lab.now)), free);
+        let free = lab.harm.allowed(Time(lab.now));
+        prop_assert_eq!((free.in_flight_bytes, free.bytes_per_second), (IN_FLIGHT_QUIET_BYTES, None));
         prop_assert!(lab.filled >= device.speed / 2, "{} bytes in the first second", lab.filled);
         lab.device.guest_ios_per_second = ios;
     }
@@ -179,7 +179,7 @@ proptest! {
                 4 => harm.fill_begins(big, big.is_multiple_of(2), Time(now)),
                 _ => harm.fill_ends(Time(now / 2)),
             }
-            let Allowed { in_flight_bytes, bytes_per_second, paused } = harm.allowed(Time(now));
+            let Allowed { in_flight_bytes, bytes_per_second, paused, .. } = harm.allowed(Time(now));
             prop_assert!(in_flight_bytes <= IN_FLIGHT_QUIET_BYTES);
             prop_assert!(bytes_per_second.is_none_or(|rate| rate >= floor && bound.is_some()));
             prop_assert!(!paused || bytes_per_second.is_some());
@@ -284,6 +284,6 @@ fn without_a_bound_fills_in_flight_are_all_that_is_limited() {
     lab.device.shared_percent = 100;
     lab.run(5, true);
     assert_eq!(lab.harm.slow_downs(), 0);
-    let busy = Allowed { in_flight_bytes: super::IN_FLIGHT_BUSY_BYTES, bytes_per_second: None, paused: false };
-    assert_eq!(lab.harm.allowed(Time(lab.now)), busy);
+    let busy = lab.harm.allowed(Time(lab.now));
+    assert_eq!((busy.in_flight_bytes, busy.bytes_per_second), (super::IN_FLIGHT_BUSY_BYTES, None));
 }
