@@ -16,13 +16,11 @@ mod timers;
 use std::cell::Cell;
 use std::future::Future;
 use std::io;
-use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use futures::FutureExt as _;
 use glommio::io::OpenOptions;
 use glommio::{GlommioError, Latency, Shares, TaskQueueHandle};
 
@@ -130,10 +128,7 @@ impl Platform for Glommio {
                 options.write(true).create_new(true);
             }
         }
-        // Having opened the file, glommio asks for the file system of its path, and panics if that has just been taken away.
-        let opened = AssertUnwindSafe(options.dma_open(path)).catch_unwind().await;
-        let opened = opened.map_err(|_| io::Error::new(io::ErrorKind::NotFound, "its path has gone meanwhile"))?;
-        Ok(GlommioFile::new(opened.map_err(plain_error)?))
+        Ok(GlommioFile::new(options.dma_open(path).await.map_err(plain_error)?))
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
