@@ -242,7 +242,8 @@ fn a_corrupt_slot_is_dropped_counted_named_and_fetched_again() {
     lab.read_all(&node);
     let tier = disk(&node);
     assert_eq!((tier.corrupt, tier.stale), (1, 1), "wrong and corrupt differ: {tier:?}");
-    assert_eq!((gets(&node), tier.misses), (2, 2));
+    // Who asks for a chunk that is on its way already misses it too, and joins.
+    assert!(gets(&node) == 2 && tier.misses >= 2, "{} GETs: {tier:?}", gets(&node));
     let events = events(&node);
     let named = events.iter().filter(|event| event.contains("shard-0.slots slot 0 is corrupt")).count();
     assert_eq!(named, 1, "{events:?}");

@@ -70,6 +70,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// A shard that panicked would answer nobody, and its volumes' guests would wait: the process ends instead, and the next start
+/// finds everything that was acknowledged.
+fn end_with_any_shard() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        if std::thread::current().name().is_some_and(|name| name.starts_with("volley-")) {
+            std::process::abort();
+        }
+    }));
+}
+
 fn run(args: Args) -> Result<(), String> {
     let Args { config, data, object_store, listen, http, cores, stores, log, trace_slow, print_config } = args;
     let overrides = Overrides { data, object_store, listen, http, cores, log, trace_slow, stores };
@@ -78,6 +90,7 @@ fn run(args: Args) -> Result<(), String> {
         return say(&config.to_toml());
     }
     start_log(&config.log)?;
+    end_with_any_shard();
     let missing = "no object store: give --object-store file:DIR or s3://BUCKET/PREFIX, set VOLLEY_OBJECT_STORE, or object_store in --config";
     let object_store = config.object_store.clone().ok_or(missing)?;
     raise_open_files();
