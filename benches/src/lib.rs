@@ -29,6 +29,14 @@ pub fn full_image(path: &Path, mib: u32, seed: u64) -> Result<(), String> {
     file.sync_all().map_err(say)
 }
 
+/// The words of `volley` that make many sparse volumes by one request.
+#[must_use]
+pub fn creation<'a>(snapshot: &'a str, prefix: &'a str, count: &'a str) -> Vec<&'a str> {
+    let sparse = ["volume", "create", "--overcommit", "unlimited"];
+    let named = ["--snapshot", snapshot, "--name-prefix", prefix, "--count", count];
+    [&sparse[..], &named].concat()
+}
+
 /// A recorded boot of Debian 12: every read, write and flush of its disk.
 pub const BOOT_TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/data/boot-trace-debian12.csv");
 /// The device that the trace was recorded on.

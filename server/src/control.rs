@@ -69,15 +69,7 @@ pub struct Settings {
 pub struct Control(Arc<Inner>);
 
 struct Inner {
-    node_id: u128,
-    data: PathBuf,
-    object_store: String,
-    stores: Vec<Store>,
-    default_rate: HydrationRate,
-    overcommit: Overcommit,
-    measure: Measure,
-    price_per_million_gets: u64,
-    addresses: Vec<String>,
+    settings: Settings,
     shards: Shards,
     started: SystemTime,
     reasons: std::sync::Mutex<Reasons>,
@@ -93,30 +85,10 @@ impl Control {
     #[must_use]
     #[allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
     pub fn new(settings: Settings) -> Control {
-        let Settings {
-            node_id,
-            data,
-            object_store,
-            stores,
-            default_rate,
-            overcommit,
-            measure,
-            price_per_million_gets,
-            commands,
-            addresses,
-        } = settings;
         Control(Arc::new(Inner {
-            batches: Batches::load(&data),
-            node_id,
-            data,
-            object_store,
-            stores,
-            default_rate,
-            overcommit,
-            measure,
-            price_per_million_gets,
-            addresses,
-            shards: Shards::new(commands),
+            batches: Batches::load(&settings.data),
+            shards: Shards::new(&settings.commands),
+            settings,
             started: SystemTime::now(),
             reasons: std::sync::Mutex::default(),
             references: tokio::sync::Mutex::new(References::default()),

@@ -213,6 +213,16 @@ macro_rules! serde_through_text {
 
 serde_through_text!(ByteSize, Span, HydrationRate, Overcommit, GuestBound, Floor);
 
+/// Hundredths of a number with at most two decimals: `1`, `1.5`, `0.25`.
+pub(crate) fn parse_hundredths(text: &str) -> Option<u32> {
+    let (whole, decimals) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !digits(whole) || !digits(decimals) || decimals.len() > 2 {
+        return None;
+    }
+    whole.parse::<u32>().ok()?.checked_mul(100)?.checked_add(format!("{decimals:0<2}").parse().ok()?)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

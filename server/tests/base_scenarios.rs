@@ -5,7 +5,7 @@ mod support;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options, STORE, image};
+use support::{CHUNK, Image, Node, Options, STORE};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command, FetchUntil, Request, StoreSharing};
@@ -21,11 +21,9 @@ fn options(shards: usize) -> Options {
 }
 
 fn world(seed: u64) -> (SimWorld, SimObjects, Image) {
-    let world = SimWorld::new(seed);
-    world.share_extents(true);
-    let objects = SimObjects::new(&world);
-    let image = image(&objects, "debian", CHUNKS as u32, 512, 8, seed);
-    (world, objects, image)
+    let made = support::world("debian", CHUNKS as u32, 512, 8, seed);
+    made.0.share_extents(true);
+    made
 }
 
 async fn sharing(node: &Node) -> StoreSharing {

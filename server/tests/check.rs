@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use futures::FutureExt;
 use futures::executor::block_on;
 use volley_server::check::{CheckError, Kind, Options, Report, Severity, check};
-use volley_server::config::{Bandwidth, StoreConfig};
+use volley_server::config::StoreConfig;
 use volley_server::datadir::DataDir;
 use volley_server::import::{self, ImportOptions};
 use volley_server::journal::{self, Journal, Record};
@@ -71,14 +71,7 @@ impl Lab {
     }
 
     fn store_config(&self) -> StoreConfig {
-        StoreConfig {
-            label: "main".into(),
-            path: self.dir.path().join("main"),
-            hydration_bandwidth: Bandwidth(None),
-            domain: None,
-            overcommit: None,
-            base_percent: 0,
-        }
+        StoreConfig { base_percent: 0, ..StoreConfig::new("main", self.dir.path().join("main")) }
     }
 
     fn volumes_dir(&self) -> PathBuf {

@@ -5,7 +5,7 @@ mod support;
 use std::cell::Cell;
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options, image};
+use support::{CHUNK, Image, Node, Options};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command};
@@ -25,9 +25,7 @@ struct Lab {
 
 impl Lab {
     fn new(seed: u64) -> Lab {
-        let world = SimWorld::new(seed);
-        let objects = SimObjects::new(&world);
-        let image = image(&objects, "debian", CHUNKS, 0, 0, seed);
+        let (world, objects, image) = support::world("debian", CHUNKS, 0, 0, seed);
         Lab { world, objects, image }
     }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use futures::join;
-use support::{CHUNK, Image, Node, Options, image};
+use support::{CHUNK, Image, Node, Options};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{ObjectFaults, SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command};
@@ -18,11 +18,9 @@ use volley_server::types::HydrationRate;
 const READ: u32 = 128 << 10;
 
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {
-    let world = SimWorld::new(seed);
-    let objects = SimObjects::new(&world);
-    let image = image(&objects, "img", chunks, 0, 0, seed);
-    objects.set_faults(faults(Duration::from_millis(20)));
-    (world, objects, image)
+    let made = support::world("img", chunks, 0, 0, seed);
+    made.1.set_faults(faults(Duration::from_millis(20)));
+    made
 }
 
 fn faults(latency: Duration) -> ObjectFaults {

@@ -8,27 +8,16 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use support::{CHUNK, Image, Node, Options, STORE, image, status_of};
+use support::{CHUNK, Image, Node, Options, STORE, pack_gets, prefetch, status_of};
 use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::Status;
 use volley_server::platform::sim::{DiskOp, ObjectFaults, SimObjects, SimWorld};
 use volley_server::platform::{File, OpenMode, Platform};
-use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, Handler, Reply, Request};
+use volley_server::shard::api::{Command, ConnectionId, FetchUntil, Handler, Reply, Request};
 use volley_server::types::{HydrationRate, VolumeSpec};
 
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {
-    let world = SimWorld::new(seed);
-    let objects = SimObjects::new(&world);
-    let image = image(&objects, "img", chunks, 512 * 3, 5, seed);
-    (world, objects, image)
-}
-
-fn prefetch(volume: &AttachInfo, offset: u64, len: u64, until: FetchUntil) -> Request {
-    Request::PriorityFetch { volume: volume.volume, offset, len, until }
-}
-
-fn pack_gets(objects: &SimObjects) -> u64 {
-    objects.stats().ranges.iter().filter(|((key, ..), _)| key.starts_with("packs/")).map(|(_, n)| n).sum()
+    support::world("img", chunks, 512 * 3, 5, seed)
 }
 
 #[test]
@@ -458,49 +447,5 @@ fn a_cache_disk_that_hangs_costs_one_wait_and_no_error() {
         assert!(took < Duration::from_secs(1), "{took:?}");
         assert_eq!((pack_gets(&objects), node.counter(0, "cache_errors_total{tier=\"disk\"}").await), (2, 1));
         assert!(node.events(0).await.iter().any(|event| event.contains("left alone")));
-    });
-}
-
-#[test]
-fn a_chunk_used_a_moment_ago_is_given_at_once_to_other_volumes_and_never_hides_what_a_guest_wrote() {
-    let (world, objects, img) = world(31, 9);
-    let options = Options { shards: 3, ..Options::default() };
-    world.block_on(async {
-        let node = Node::start(world.platform(), &objects, &options).await.unwrap();
-        let names: Vec<String> = (0..40).map(|i| format!("web-{i}")).collect();
-        for name in &names {
-            node.create(node.spec(name, &img, HydrationRate::None)).await.unwrap();
-        }
-        let (at, from) = (u64::from(CHUNK) + 512, ConnectionId::new(0, 0));
-        let want = &img.content[at as usize..at as usize + 2048];
-        let (mut read_at_once, mut fetched_at_once) = (0, 0);
-        for name in &names {
-            let volume = node.attach(name).await.unwrap();
-            let shard = &node.shards[volume.volume.owner(3)];
-            // A volume's first request finds its manifest.
-            shard.handle(prefetch(&volume, 2 * u64::from(CHUNK), 512, FetchUntil::Readable), from).await.unwrap();
-            let fetch = prefetch(&volume, at, 2048, FetchUntil::Readable);
-            fetched_at_once += usize::from(shard.try_now(&fetch, from).is_some());
-            shard.handle(fetch, from).await.unwrap();
-            let (id, generation) = (volume.volume, volume.generation);
-            let read = |from: u64, len| Request::Read { volume: id, generation, offset: from, len };
-            if let Some(Ok(Reply::Data(data))) = shard.try_now(&read(at, 2048), from) {
-                assert_eq!(&data[..], want);
-                read_at_once += 1;
-            }
-            // Another connection, an older generation, two chunks, or past the end: not at once, whatever the answer is.
-            assert!(shard.try_now(&read(at, 2048), ConnectionId::new(0, 9)).is_none());
-            let old = Request::Read { volume: id, generation: generation - 1, offset: at, len: 512 };
-            assert!(shard.try_now(&old, from).is_none());
-            assert!(shard.try_now(&read(u64::from(CHUNK) * 2 - 512, 1024), from).is_none());
-            assert!(shard.try_now(&read(u64::MAX - 511, 512), from).is_none());
-            node.write(&volume, at, vec![0xee; 512], false).await.unwrap();
-            assert!(shard.try_now(&read(at, 2048), from).is_none(), "part of it is the guest's");
-            let read = node.read(&volume, at, 2048).await.unwrap();
-            assert_eq!((&read[..512], &read[512..]), (&[0xee; 512][..], &want[512..]));
-        }
-        // Each shard asks the owner once, then now and then.
-        assert!(fetched_at_once >= 30 && read_at_once >= 30, "{fetched_at_once} fetches, {read_at_once} reads");
-        assert!(pack_gets(&objects) <= 2, "each chunk once: {}", pack_gets(&objects));
     });
 }

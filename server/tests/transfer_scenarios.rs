@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use futures::future::join_all;
-use support::{CHUNK, Image, Node, Options, image, status_of};
+use support::{CHUNK, Image, Node, Options, status_of};
 use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{ObjectFaults, SimObjects, SimWorld};
@@ -16,10 +16,7 @@ use volley_server::types::HydrationRate;
 
 /// A world with one image of `chunks` chunks, none of them zero.
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {
-    let world = SimWorld::new(seed);
-    let objects = SimObjects::new(&world);
-    let image = image(&objects, "img", chunks, 0, 0, seed);
-    (world, objects, image)
+    support::world("img", chunks, 0, 0, seed)
 }
 
 fn quick() -> ObjectFaults {

@@ -1,14 +1,14 @@
 //! What the guests of a wave ask for stays in the RAM cache while the wave asks for it, whatever else passes through: on
-//! the real shards and the simulated platform, with exact counts of GETs.
+//! the real shards and the simulated platform, with exact counts of GETs; and is given at once to those who come next.
 
 mod support;
 
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options, image};
+use support::{CHUNK, Image, Node, Options, image, pack_gets, prefetch};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{SimObjects, SimWorld};
-use volley_server::shard::api::{AttachInfo, Command};
+use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, Handler, Reply, Request};
 use volley_server::types::HydrationRate;
 
 /// Chunks that a boot reads: three of eight parts of the cache.
@@ -25,9 +25,7 @@ struct Lab {
 
 impl Lab {
     fn new(seed: u64) -> Lab {
-        let world = SimWorld::new(seed);
-        let objects = SimObjects::new(&world);
-        let boot = image(&objects, "boot", BOOT, 0, 0, seed);
+        let (world, objects, boot) = support::world("boot", BOOT, 0, 0, seed);
         let other = image(&objects, "other", 256, 0, 0, seed + 1000);
         Lab { world, objects, boot, other }
     }
@@ -162,5 +160,49 @@ fn a_volume_alone_is_no_wave_and_neither_is_the_last_one_left() {
         node.command(0, delete).await.expect("deleted");
         lab.boot(&node, &second[0]).await;
         assert_eq!(pinned(&node).await, (0, 0));
+    });
+}
+
+#[test]
+fn a_chunk_used_a_moment_ago_is_given_at_once_to_other_volumes_and_never_hides_what_a_guest_wrote() {
+    let (world, objects, img) = support::world("img", 9, 512 * 3, 5, 31);
+    let options = Options { shards: 3, ..Options::default() };
+    world.block_on(async {
+        let node = Node::start(world.platform(), &objects, &options).await.unwrap();
+        let names: Vec<String> = (0..40).map(|i| format!("web-{i}")).collect();
+        for name in &names {
+            node.create(node.spec(name, &img, HydrationRate::None)).await.unwrap();
+        }
+        let (at, from) = (u64::from(CHUNK) + 512, ConnectionId::new(0, 0));
+        let want = &img.content[at as usize..at as usize + 2048];
+        let (mut read_at_once, mut fetched_at_once) = (0, 0);
+        for name in &names {
+            let volume = node.attach(name).await.unwrap();
+            let shard = &node.shards[volume.volume.owner(3)];
+            // A volume's first request finds its manifest.
+            shard.handle(prefetch(&volume, 2 * u64::from(CHUNK), 512, FetchUntil::Readable), from).await.unwrap();
+            let fetch = prefetch(&volume, at, 2048, FetchUntil::Readable);
+            fetched_at_once += usize::from(shard.try_now(&fetch, from).is_some());
+            shard.handle(fetch, from).await.unwrap();
+            let (id, generation) = (volume.volume, volume.generation);
+            let read = |from: u64, len| Request::Read { volume: id, generation, offset: from, len };
+            if let Some(Ok(Reply::Data(data))) = shard.try_now(&read(at, 2048), from) {
+                assert_eq!(&data[..], want);
+                read_at_once += 1;
+            }
+            // Another connection, an older generation, two chunks, or past the end: not at once, whatever the answer is.
+            assert!(shard.try_now(&read(at, 2048), ConnectionId::new(0, 9)).is_none());
+            let old = Request::Read { volume: id, generation: generation - 1, offset: at, len: 512 };
+            assert!(shard.try_now(&old, from).is_none());
+            assert!(shard.try_now(&read(u64::from(CHUNK) * 2 - 512, 1024), from).is_none());
+            assert!(shard.try_now(&read(u64::MAX - 511, 512), from).is_none());
+            node.write(&volume, at, vec![0xee; 512], false).await.unwrap();
+            assert!(shard.try_now(&read(at, 2048), from).is_none(), "part of it is the guest's");
+            let read = node.read(&volume, at, 2048).await.unwrap();
+            assert_eq!((&read[..512], &read[512..]), (&[0xee; 512][..], &want[512..]));
+        }
+        // Each shard asks the owner once, then now and then.
+        assert!(fetched_at_once >= 30 && read_at_once >= 30, "{fetched_at_once} fetches, {read_at_once} reads");
+        assert!(pack_gets(&objects) <= 2, "each chunk once: {}", pack_gets(&objects));
     });
 }

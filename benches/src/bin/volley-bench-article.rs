@@ -17,7 +17,7 @@ use volley_benches::figure::{Figure, Pair, conclude, ms};
 use volley_benches::fio;
 use volley_benches::process::{Result, Server, machine, run, timed};
 use volley_benches::site::{Site, SiteArgs};
-use volley_benches::{BOOT_TRACE, IMAGE_BYTES, boot_image};
+use volley_benches::{BOOT_TRACE, IMAGE_BYTES, boot_image, creation};
 use volley_tools::load::Target;
 use volley_tools::load::histogram::Histogram;
 use volley_tools::load::replay::Speed;
@@ -155,20 +155,8 @@ impl Bench<'_> {
     /// Creates the volumes of one request and boots them.
     fn wave(&self, server: &Server, prefix: &str) -> Result<Wave> {
         let count = self.args.volumes.to_string();
-        let create = [
-            "volume",
-            "create",
-            "--overcommit",
-            "unlimited",
-            "--snapshot",
-            "debian",
-            "--rate",
-            "none",
-            "--count",
-            &count,
-        ];
         let _ = self.site.origin().take_counts();
-        run(self.site.volley(Some(server), &create)?.args(["--name-prefix", prefix]))?;
+        run(self.site.volley(Some(server), &creation("debian", prefix, &count))?.args(["--rate", "none"]))?;
         let begun = Instant::now();
         let report = self.boot_all(&server.ready_word("data")?, prefix)?;
         let (gets, bytes) = self.site.origin().take_counts();

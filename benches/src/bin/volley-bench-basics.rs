@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use volley_benches::figure::{Figure, Pair, conclude};
-use volley_benches::fio;
 use volley_benches::process::{Result, Server, machine, run, sibling, timed};
+use volley_benches::{creation, fio};
 
 /// More than the cache holds, so that the node has all the memory it will have.
 const OTHER_IMAGE_MIB: u32 = 384;
@@ -284,20 +284,8 @@ impl Bench<'_> {
     /// Creates `count` volumes in one request; returns the seconds it took.
     fn create_batch(&self, server: &Server, objects: &Path, prefix: &str, count: u32) -> Result<f64> {
         let (http, count) = (server.ready_word("http")?, count.to_string());
-        let create = [
-            "volume",
-            "create",
-            "--overcommit",
-            "unlimited",
-            "--snapshot",
-            "bench",
-            "--rate",
-            "none",
-            "--count",
-            &count,
-        ];
-        let mut command = self.volley(objects, Some(&http), &create)?;
-        timed(command.args(["--name-prefix", prefix]))
+        let mut command = self.volley(objects, Some(&http), &creation("bench", prefix, &count))?;
+        timed(command.args(["--rate", "none"]))
     }
 }
 

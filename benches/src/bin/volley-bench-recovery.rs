@@ -12,7 +12,7 @@ use glommio::{LocalExecutorBuilder, Placement};
 use volley_benches::figure::{Figure, Pair, conclude};
 use volley_benches::process::{Result, Server, run, sibling};
 use volley_server::bootstrap::JOURNAL_DIR;
-use volley_server::config::{Bandwidth, StoreConfig};
+use volley_server::config::StoreConfig;
 use volley_server::datadir::{DataDir, VOLUMES_DIR};
 use volley_server::journal::{self, CHECKPOINT_LOG_BYTES_MIN, CHECKPOINT_LOG_FACTOR, Journal, Record};
 use volley_server::platform::glommio::Glommio;
@@ -84,14 +84,7 @@ impl Node<'_> {
         let shards = if args.cores == 0 { cores } else { args.cores };
         let node = Node { args, dir, sockets, data, count, shards };
         let store = node.data.join("store");
-        let stores = [StoreConfig {
-            label: "default".into(),
-            path: store.clone(),
-            hydration_bandwidth: Bandwidth(None),
-            domain: None,
-            overcommit: None,
-            base_percent: 0,
-        }];
+        let stores = [StoreConfig { base_percent: 0, ..StoreConfig::new("default", store.clone()) }];
         drop(DataDir::open(&node.data, &stores).map_err(|e| e.to_string())?);
         for number in 0..count {
             let path = store.join(VOLUMES_DIR).join(format!("{}.raw", spec(number).id));

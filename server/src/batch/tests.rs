@@ -1,3 +1,5 @@
+//! The files of batches, and the names and ids of their volumes.
+
 use proptest::prelude::*;
 
 use super::{BATCHES_DIR, Common, Record, Request, State, Stored, read_all, remove, write};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::units::ByteSize;
+use crate::units::{ByteSize, parse_hundredths};
 
 /// A larger bound is none in all but name.
 const BOUND_MAX: u32 = 100;
@@ -30,12 +30,7 @@ impl FromStr for GuestBound {
         if text == "none" {
             return Ok(GuestBound(None));
         }
-        let (whole, decimals) = text.split_once('.').unwrap_or((text, "0"));
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        let number = |text: &str| text.parse::<u32>().ok();
-        let written = digits(whole) && digits(decimals) && decimals.len() <= 2;
-        let hundredths = number(whole).zip(number(&format!("{decimals:0<2}"))).filter(|_| written);
-        match hundredths.and_then(|(whole, rest)| whole.checked_mul(100)?.checked_add(rest)) {
+        match parse_hundredths(text) {
             Some(hundredths) if (101..=BOUND_MAX * 100).contains(&hundredths) => Ok(GuestBound(Some(hundredths))),
             _ => Err(format!("{text:?} is no bound: write none or a number from 1.01 to {BOUND_MAX}, as 1.2")),
         }

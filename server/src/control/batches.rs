@@ -9,6 +9,7 @@ mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(super) use api::{cancel, create, events, list, retry, show};
@@ -28,6 +29,7 @@ const ENDED_MAX: usize = 1_000;
 
 /// A batch, shared by requests and by whoever works on it.
 pub(super) struct Entry {
+    id: String,
     record: Mutex<Record>,
     /// Volumes not made yet, by the label of their store.
     pending: Mutex<BTreeMap<String, u64>>,
@@ -43,6 +45,8 @@ pub(super) struct Batches {
     entries: Mutex<BTreeMap<u64, Arc<Entry>>>,
     totals: tokio::sync::Mutex<Totals>,
     speeds: Mutex<Speeds>,
+    /// Volumes were deleted since batches that have nothing to wait for were looked at last.
+    deleted: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -51,10 +55,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Entry {
     fn new(record: Record) -> Arc<Entry> {
-        let pending = Mutex::default();
         Arc::new(Entry {
+            id: record.id_text().to_string(),
             record: Mutex::new(record),
-            pending,
+            pending: Mutex::default(),
             writing: Default::default(),
             working: Default::default(),
         })
@@ -96,6 +100,7 @@ impl Batches {
             entries: Mutex::new(entries.collect()),
             totals: Default::default(),
             speeds: Mutex::default(),
+            deleted: AtomicBool::new(true),
         }
     }
 
@@ -105,7 +110,7 @@ impl Batches {
 
     fn get(&self, id: &str) -> Answer<Arc<Entry>> {
         let found = u64::from_str_radix(id, 16).ok().and_then(|id| lock(&self.entries).get(&id).cloned());
-        found.filter(|entry| lock(&entry.record).id_text() == id).ok_or_else(|| unknown(id))
+        found.filter(|entry| entry.id == id).ok_or_else(|| unknown(id))
     }
 
     fn deadline_of(&self, id: u64) -> Option<u64> {
@@ -175,8 +180,8 @@ impl Batches {
                 continue;
             }
             if let Some(taken) = names.iter().find(|name| record.index_of(name).is_some()) {
-                let id = record.id_text();
-                return Err(Problem::new(Status::NameTaken, format!("volume {taken:?} belongs to batch {id}")));
+                let detail = format!("volume {taken:?} belongs to batch {}", entry.id);
+                return Err(Problem::new(Status::NameTaken, detail));
             }
         }
         Ok(())
@@ -184,14 +189,20 @@ impl Batches {
 
     /// A batch that still makes volumes would make one again that is deleted behind its back.
     pub(super) fn check_deletion(&self, name: &str) -> Answer<()> {
-        let of = self.all().into_iter().find_map(|entry| {
+        let of = self.all().into_iter().find(|entry| {
             let record = lock(&entry.record);
-            record.index_of(name).filter(|_| record.is_open()).map(|_| record.id_text().to_string())
+            record.is_open() && record.index_of(name).is_some()
         });
-        of.map_or(Ok(()), |id| {
-            let detail = format!("volume {name:?} belongs to batch {id}, which is not complete: cancel the batch");
-            Err(Problem::new(Status::Conflict, detail))
-        })
+        let Some(Entry { id, .. }) = of.as_deref() else { return Ok(()) };
+        let detail = format!("volume {name:?} belongs to batch {id}, which is not complete: cancel the batch");
+        Err(Problem::new(Status::Conflict, detail))
+    }
+
+    /// A volume is gone: perhaps the last one of its batch.
+    pub(super) async fn note_deletion(&self) {
+        // First of all: whoever looks because of it must not be told what was before.
+        self.totals.lock().await.forget();
+        self.deleted.store(true, Ordering::Relaxed);
     }
 
     /// Adds what is about to come to a store.
@@ -213,8 +224,8 @@ impl Batches {
 
     /// Metric name, kind, help text and value of each.
     pub(super) fn metrics(&self) -> Vec<Metric> {
-        let records: Vec<Record> = self.all().iter().map(|entry| entry.record()).collect();
-        let count = |state: State| records.iter().filter(|record| record.state == state).count() as u64;
+        let states: Vec<State> = self.all().iter().map(|entry| entry.state()).collect();
+        let count = |state: State| states.iter().filter(|of| **of == state).count() as u64;
         vec![
             ("batches_creating", "gauge", "Batches whose volumes are being made.", count(State::Creating)),
             ("batches_cancelling", "gauge", "Batches whose volumes are being deleted.", count(State::Cancelling)),

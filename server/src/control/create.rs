@@ -116,13 +116,14 @@ impl Control {
         let names = names(request)?;
         self.check(request)?;
         self.0.batches.check_names(&names)?;
-        let common = self.common(request).await?;
-        if let (Some(name), Some(snapshot)) = (&request.snapshot, &common.snapshot) {
-            if !references.holds(name) {
-                references.hold(self, name).await?;
-                self.check_still_there(name, snapshot.id).await?;
+        let manifest = self.manifest_of(request).await?;
+        let common = self.common(request, manifest.as_ref())?;
+        if let Some(manifest) = &manifest {
+            if !references.holds(&manifest.name) {
+                references.hold(self, &manifest.name).await?;
+                self.check_still_there(&manifest.name, manifest.id).await?;
             }
-            self.prepare_boots(&self.manifest(name).await?).await;
+            self.prepare_boots(manifest).await;
         }
         let batch = batch_of(request, names.len() as u64, &common);
         let plan = self.plan(&batch, common.snapshot.as_ref(), &BTreeMap::new()).await?;
@@ -132,11 +133,18 @@ impl Control {
         }
     }
 
-    async fn common(&self, request: &CreateRequest) -> Answer<Common> {
-        let rate = request.rate.unwrap_or(self.0.default_rate);
+    async fn manifest_of(&self, request: &CreateRequest) -> Answer<Option<Manifest>> {
         match &request.snapshot {
+            None => Ok(None),
+            Some(name) => self.manifest(name).await.map(Some),
+        }
+    }
+
+    fn common(&self, request: &CreateRequest, manifest: Option<&Manifest>) -> Answer<Common> {
+        let rate = request.rate.unwrap_or(self.0.settings.default_rate);
+        match manifest {
             None => blank(request, rate),
-            Some(name) => from_snapshot(request, &self.manifest(name).await?, rate),
+            Some(manifest) => from_snapshot(request, manifest, rate),
         }
     }
 
@@ -163,7 +171,7 @@ impl Control {
             size_bytes: common.size_bytes,
             chunk_bytes: common.chunk_bytes,
             snapshot: common.snapshot.clone(),
-            store: self.0.stores[*store as usize].label.clone(),
+            store: self.0.settings.stores[*store as usize].label.clone(),
             rate: common.rate,
             batch: Some(batch),
             created_unix_ms,
@@ -175,7 +183,7 @@ impl Control {
     pub(super) async fn batch(&self, request: &CreateRequest) -> Answer<(Batch, Option<SnapshotRef>)> {
         let count = names(request)?.len() as u64;
         self.check(request)?;
-        let common = self.common(request).await?;
+        let common = self.common(request, self.manifest_of(request).await?.as_ref())?;
         Ok((batch_of(request, count, &common), common.snapshot))
     }
 
@@ -186,10 +194,10 @@ impl Control {
     }
 
     fn check_store(&self, label: &str) -> Answer<()> {
-        if self.0.stores.iter().any(|store| *store.label == *label) {
+        if self.0.settings.stores.iter().any(|store| *store.label == *label) {
             return Ok(());
         }
-        let labels: Vec<&str> = self.0.stores.iter().map(|store| &*store.label).collect();
+        let labels: Vec<&str> = self.0.settings.stores.iter().map(|store| &*store.label).collect();
         Err(Problem::invalid(format!("store: no volume store {label:?} on this node, only {}", labels.join(", "))))
     }
 

@@ -36,7 +36,7 @@ struct Line {
 
 pub(super) async fn show(State(control): State<Control>) -> Answer<Json<Ledger>> {
     let accounts = control.accounts().await?;
-    let price = control.0.price_per_million_gets;
+    let price = control.0.settings.price_per_million_gets;
     let line = |image: Option<&str>, batch: Option<u64>, totals: Totals| Line {
         image: image.map(str::to_owned),
         batch: batch.map(batch_text),

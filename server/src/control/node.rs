@@ -92,14 +92,17 @@ pub(super) async fn show(State(control): State<Control>) -> Answer<Json<Node>> {
     Ok(Json(Node {
         node_id: control.node_id_text(),
         version: env!("CARGO_PKG_VERSION"),
-        data: inner.data.display().to_string(),
-        object_store: inner.object_store.clone(),
+        data: inner.settings.data.display().to_string(),
+        object_store: inner.settings.object_store.clone(),
         started_unix_ms: control.started_unix_ms(),
         volumes: sum(|stats| stats.volumes),
         volumes_hydrated: sum(|stats| stats.volumes_hydrated),
         volumes_attached: sum(|stats| stats.volumes_attached),
         connections: sum(|stats| stats.connections),
-        shards: stats.iter().map(|stats| Shard::new(stats, inner.addresses.get(stats.shard).cloned())).collect(),
+        shards: stats
+            .iter()
+            .map(|stats| Shard::new(stats, inner.settings.addresses.get(stats.shard).cloned()))
+            .collect(),
         events: stats.iter().flat_map(|stats| stats.events.iter().cloned()).collect(),
     }))
 }
@@ -116,8 +119,8 @@ pub(super) async fn show_store(State(control): State<Control>, Segment(label): S
 
 pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoResponse> {
     let stats = control.stats().await?;
-    let sharing = sharing(&stats, control.0.stores.len());
-    let stores = control.0.stores.iter().zip(sharing);
+    let sharing = sharing(&stats, control.0.settings.stores.len());
+    let stores = control.0.settings.stores.iter().zip(sharing);
     let stores: Vec<StoreGauges> = stores.filter_map(|(store, sharing)| StoreGauges::of(store, sharing)).collect();
     let of_process = [
         control.0.http.metrics().to_vec(),
@@ -142,8 +145,8 @@ impl Control {
 
     async fn store_status(&self) -> Answer<Vec<StoreStatus>> {
         let measured = self.measured(None).await?;
-        let sharing = sharing(&self.stats().await?, self.0.stores.len());
-        let stores = self.0.stores.iter().zip(measured).zip(sharing);
+        let sharing = sharing(&self.stats().await?, self.0.settings.stores.len());
+        let stores = self.0.settings.stores.iter().zip(measured).zip(sharing);
         Ok(stores.map(|((store, measured), sharing)| self.one_store(store, &measured, sharing)).collect())
     }
 
@@ -155,7 +158,7 @@ impl Control {
             id: format!("{:032x}", store.id),
             path: store.path.display().to_string(),
             domain: store.domain.to_string(),
-            overcommit: store.overcommit.unwrap_or(self.0.overcommit),
+            overcommit: store.overcommit.unwrap_or(self.0.settings.overcommit),
             volumes: load.volumes,
             capacity_bytes: space.map_or(0, |space| space.capacity_bytes),
             free_bytes: space.map_or(0, |space| space.free_bytes),

@@ -187,7 +187,7 @@ impl Control {
     /// The stores as they are now, in the order of the configuration.
     pub(super) async fn measured(&self, snapshot: Option<u128>) -> Answer<Vec<Measured>> {
         let shards = self.0.shards.query_all(|reply| Command::StoreLoads { snapshot, reply }).await?;
-        let (measure, stores) = (self.0.measure.clone(), self.0.stores.clone());
+        let (measure, stores) = (self.0.settings.measure.clone(), self.0.settings.stores.clone());
         let spaces = tokio::task::spawn_blocking(move || {
             stores.iter().map(|store| measure(store).map_err(|e| e.to_string())).collect::<Vec<_>>()
         });
@@ -207,14 +207,14 @@ impl Control {
         failed: &BTreeMap<String, String>,
     ) -> Answer<Plan> {
         let mut measured = self.measured(snapshot.map(|snapshot| snapshot.id)).await?;
-        for (store, measured) in self.0.stores.iter().zip(&mut measured) {
+        for (store, measured) in self.0.settings.stores.iter().zip(&mut measured) {
             self.0.batches.add_pending(&store.label, &mut measured.load);
             measured.load.failure = measured.load.failure.take().or_else(|| failed.get(&*store.label).cloned());
         }
         let mut devices: Vec<u64> = Vec::new();
         let mut filesystems = Vec::new();
         let mut states = Vec::with_capacity(measured.len());
-        for (store, measured) in self.0.stores.iter().zip(&measured) {
+        for (store, measured) in self.0.settings.stores.iter().zip(&measured) {
             let failed =
                 Space { device: u64::MAX, capacity_bytes: 0, free_bytes: 0, read_only: true, allocated_bytes: 0 };
             let space = *measured.space.as_ref().unwrap_or(&failed);
@@ -237,7 +237,7 @@ impl Control {
             label: store.label.clone(),
             domain: store.domain.clone(),
             filesystem,
-            overcommit: store.overcommit.unwrap_or(self.0.overcommit),
+            overcommit: store.overcommit.unwrap_or(self.0.settings.overcommit),
             volumes: load.volumes,
             volume_bytes: load.volume_bytes,
             allocated_bytes,

@@ -83,7 +83,7 @@ impl References {
 
 impl Control {
     pub(super) fn node_id_text(&self) -> String {
-        format!("{:032x}", self.0.node_id)
+        format!("{:032x}", self.0.settings.node_id)
     }
 
     /// Keeps the references equal to what is needed, for ever. Errors are logged and tried again next time.

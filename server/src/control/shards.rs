@@ -24,7 +24,7 @@ pub(super) struct Shards {
 }
 
 impl Shards {
-    pub(super) fn new(commands: Vec<flume::Sender<Command>>) -> Shards {
+    pub(super) fn new(commands: &[flume::Sender<Command>]) -> Shards {
         Shards { commands: commands.into() }
     }
 

@@ -96,6 +96,7 @@ pub(super) async fn delete(
     let logged = name.clone();
     shards.ask(owner, |reply| Command::DeleteVolume { name, force, reply }).await??;
     tracing::info!(volume = logged, force, "deleted");
+    control.0.batches.note_deletion().await;
     control.0.upkeep_due.notify_one();
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,14 +5,7 @@ use super::*;
 use crate::config::Bandwidth;
 
 fn store(label: &str, path: PathBuf) -> StoreConfig {
-    StoreConfig {
-        label: label.to_string(),
-        path,
-        hydration_bandwidth: Bandwidth(Some(7)),
-        domain: None,
-        overcommit: None,
-        base_percent: 20,
-    }
+    StoreConfig { hydration_bandwidth: Bandwidth(Some(7)), ..StoreConfig::new(label, path) }
 }
 
 fn open_error(path: &Path, stores: &[StoreConfig]) -> String {

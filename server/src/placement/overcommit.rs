@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::units::parse_hundredths;
+
 /// A larger ratio is `unlimited` in all but name.
 pub const OVERCOMMIT_MAX: u32 = 1_000_000;
 
@@ -61,14 +63,7 @@ impl FromStr for Overcommit {
         if text == "unlimited" {
             return Ok(Overcommit::Unlimited);
         }
-        let (whole, decimals) = text.split_once('.').unwrap_or((text, "0"));
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        let hundredths = (digits(whole) && digits(decimals) && decimals.len() <= 2)
-            .then(|| {
-                Some(whole.parse::<u32>().ok()?.checked_mul(100)? + format!("{decimals:0<2}").parse::<u32>().ok()?)
-            })
-            .flatten();
-        match hundredths {
+        match parse_hundredths(text) {
             Some(hundredths) if (1..=OVERCOMMIT_MAX * 100).contains(&hundredths) => Ok(Overcommit::Ratio(hundredths)),
             _ => Err(format!(
                 "{text:?} is not an over-commit ratio: write unlimited or a number from 0.01 to {OVERCOMMIT_MAX}, as 1.5"

@@ -7,7 +7,7 @@ use crate::platform::Platform;
 use crate::shard::Shard;
 use crate::shard::api::{BatchOnStore, BatchTotals};
 use crate::shard::volume::Volume;
-use crate::types::{HydrationRate, SECTOR_BYTES};
+use crate::types::HydrationRate;
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// In the order of the batches' ids.
@@ -28,11 +28,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     fn add_volume(&self, totals: &mut BatchTotals, volume: &Volume<P>) {
         let spec = &volume.spec;
+        let (resident, failure) = (volume.resident_bytes(), volume.failure());
         let map = volume.map.borrow();
         let mut hydration = volume.hydration.borrow_mut();
-        let resident = (map.resident_sectors() * u64::from(SECTOR_BYTES)).min(spec.size_bytes);
-        let failure =
-            volume.failure().or_else(|| hydration.last_error.clone().filter(|_| hydration.state == "store_failed"));
         let boot_set = spec.snapshot.as_ref().and_then(|snapshot| self.0.boots.set_of(snapshot));
         totals.volumes += 1;
         totals.volumes_attached += u64::from(volume.attached.get().is_some());
@@ -41,7 +39,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if let Some(boot_set) = boot_set.filter(|set| !set.is_empty()) {
             totals.has_boot_set = true;
             let there = |chunk: &u32| *chunk >= spec.chunks() || map.is_chunk_resident(*chunk);
-            totals.volumes_boot_set_resident += u64::from(boot_set.iter().all(there));
+            totals.volumes_boot_set_resident += u64::from(map.is_full() || boot_set.iter().all(there));
         }
         totals.size_bytes += spec.size_bytes;
         totals.resident_bytes += resident;

@@ -16,7 +16,7 @@ use crate::shard::Shard;
 use crate::shard::api::{Command, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
 use crate::shard::signal::within;
 use crate::shard::volume::Volume;
-use crate::types::{HydrationRate, SECTOR_BYTES, SnapshotRef, VolumeSpec, VolumeState};
+use crate::types::{HydrationRate, SnapshotRef, VolumeSpec, VolumeState};
 
 /// Files created at the same time.
 const CREATES_MAX: usize = 32;
@@ -277,9 +277,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) fn status(&self, volume: &Volume<P>) -> VolumeStatus {
         let now = self.0.platform.now();
         let spec = &volume.spec;
-        let map = volume.map.borrow();
+        let resident = volume.resident_bytes();
         let mut hydration = volume.hydration.borrow_mut();
-        let resident = (map.resident_sectors() * u64::from(SECTOR_BYTES)).min(spec.size_bytes);
         let remaining = spec.size_bytes - resident;
         let per_second = hydration.meter.per_second(now);
         let stalled = per_second == 0 || hydration.rate == HydrationRate::None;

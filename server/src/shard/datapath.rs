@@ -124,8 +124,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.read_resident(&volume, range, &mut out).await?;
             return Ok(Reply::Data(out.into()));
         }
-        self.0.counters.guest_read_misses.add(1);
-        volume.counters.read_misses.add(1);
+        self.count_miss(&volume);
         let begun = self.0.platform.now();
         let contents = self.contents(&volume, range, Some(Want::Bytes)).await?;
         let contents = self.share_now(&volume, contents).await?;
@@ -163,6 +162,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         volume.account.asked_bytes.add(range.len);
         self.note_touched(volume, range.chunks(volume));
         self.read_ahead(volume, range.chunks(volume));
+    }
+
+    pub(super) fn count_miss(&self, volume: &Volume<P>) {
+        self.0.counters.guest_read_misses.add(1);
+        volume.counters.read_misses.add(1);
     }
 
     /// Where the time of a read that found chunks absent went; told in the log when it was a lot.

@@ -349,12 +349,17 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if written > 0 {
             self.0.counters.filled_chunks.add(1);
             self.0.counters.filled_bytes.add(written);
-            let now = self.0.platform.now();
-            volume.hydration.borrow_mut().meter.add(written, now);
-            store.hydrated.borrow_mut().add(written, now);
             store.filled[turn.class() as usize].add(written);
-            self.note_dirty(volume);
+            self.note_filled(volume, written);
         }
         Ok(())
+    }
+
+    /// So many bytes have come into the volume, written or shared.
+    pub(super) fn note_filled(&self, volume: &Rc<Volume<P>>, bytes: u64) {
+        let now = self.0.platform.now();
+        volume.hydration.borrow_mut().meter.add(bytes, now);
+        self.0.stores[volume.store].hydrated.borrow_mut().add(bytes, now);
+        self.note_dirty(volume);
     }
 }

@@ -1,3 +1,5 @@
+//! The controller on simulated devices, and with inputs no device would give.
+
 use std::collections::{BTreeSet, VecDeque};
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! The order of the queue beside a plain list, and who is woken when.
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

@@ -47,8 +47,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return None;
         }
         self.note_read(&volume, range);
-        self.0.counters.guest_read_misses.add(1);
-        volume.counters.read_misses.add(1);
+        self.count_miss(&volume);
         self.0.stages.read_missed(Tier::Ram, Duration::ZERO);
         self.use_near(&volume, &near);
         Some(Ok(Reply::Data(ReadData::Chunk { data: near.data, part })))
@@ -60,11 +59,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if chunks.end() - chunks.start() >= FETCH_CHUNKS_MAX {
             return None;
         }
-        let absent = chunks.clone().filter(|chunk| !volume.map.borrow().is_chunk_resident(*chunk));
+        let absent = chunks.filter(|chunk| !volume.map.borrow().is_chunk_resident(*chunk));
         let near = absent.map(|chunk| self.near(volume, chunk)).collect::<Option<Vec<_>>>()?;
-        self.0.counters.priority_fetches.add(1);
-        volume.counters.priority_fetches.add(1);
-        self.note_touched(volume, chunks);
+        self.note_fetch(volume, range);
         near.iter().for_each(|near| self.use_near(volume, near));
         Some(Ok(Reply::Done))
     }

@@ -10,6 +10,7 @@ use crate::shard::base::Want;
 use crate::shard::datapath::ByteRange;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::fills::{Fill, gather};
+use crate::shard::volume::Volume;
 use crate::types::VolumeId;
 
 /// Chunks one priority fetch works on at a time: bounds the memory of a request over a whole device.
@@ -36,20 +37,22 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             drop(map);
             return if until == FetchUntil::Readable { self.fetch_now(&volume, range) } else { None };
         }
-        self.0.counters.priority_fetches.add(1);
         drop(map);
-        self.note_touched(&volume, range.chunks(&volume));
+        self.note_fetch(&volume, range);
         self.0.counters.priority_fetch_hits.add(1);
-        volume.counters.priority_fetches.add(1);
         Some(Ok(Reply::Done))
+    }
+
+    pub(super) fn note_fetch(&self, volume: &Volume<P>, range: ByteRange) {
+        self.0.counters.priority_fetches.add(1);
+        volume.counters.priority_fetches.add(1);
+        self.note_touched(volume, range.chunks(volume));
     }
 
     pub(super) async fn priority_fetch(&self, id: VolumeId, offset: u64, len: u64, until: FetchUntil) -> Result<Reply> {
         let volume = self.volume(id)?;
         let range = ByteRange::check(&volume, offset, len)?;
-        self.0.counters.priority_fetches.add(1);
-        volume.counters.priority_fetches.add(1);
-        self.note_touched(&volume, range.chunks(&volume));
+        self.note_fetch(&volume, range);
         let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         let window_bytes = chunk_bytes * PREFETCH_WINDOW_CHUNKS as u64;
         let mut at = range.offset;

@@ -4,7 +4,7 @@ use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
 use crate::shard::api::StoreLoad;
-use crate::types::{HydrationRate, SECTOR_BYTES};
+use crate::types::HydrationRate;
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// In the order of the stores.
@@ -20,7 +20,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         for volume in self.0.volumes.borrow().values() {
             let load = &mut loads[volume.store];
             let size = volume.spec.size_bytes;
-            let resident = (volume.map.borrow().resident_sectors() * u64::from(SECTOR_BYTES)).min(size);
+            let resident = volume.resident_bytes();
             load.volumes += 1;
             load.volume_bytes += size;
             if !volume.hydrated.get() {
@@ -33,11 +33,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             if snapshot.is_some() && volume.spec.snapshot.as_ref().map(|of| of.id) == snapshot {
                 load.image_bytes = load.image_bytes.max(resident);
             }
-            if load.failure.is_none() {
-                let failed = volume.hydration.borrow().state == "store_failed";
-                let hydration = || volume.hydration.borrow().last_error.clone().filter(|_| failed);
-                load.failure = volume.failure().or_else(hydration);
-            }
+            load.failure = load.failure.take().or_else(|| volume.failure());
         }
         loads
     }

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::object_store::ObjectStore;
-use crate::platform::{File, OpenMode, Platform};
+use crate::platform::{File as _, OpenMode, Platform};
 use crate::shard::hydrate::Store;
-use crate::shard::volume::SET_ASIDE;
+use crate::shard::volume::{SET_ASIDE, has_no_data};
 use crate::shard::{ORPHANS_NAMED_MAX, Shard};
 use crate::types::VolumeId;
 
@@ -51,11 +51,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Nothing was ever written to it: the journal does not know it because its creation was not finished.
     async fn is_hole(&self, path: &Path) -> io::Result<bool> {
         let file = self.0.platform.open(path, OpenMode::Read).await?;
-        let stored = match file.len().await {
-            Ok(len) => file.stored(0..len, 1).await,
-            Err(error) => Err(error),
-        };
+        let is_hole = has_no_data(&file).await;
         file.close().await?;
-        Ok(stored?.is_empty())
+        is_hole
     }
 }

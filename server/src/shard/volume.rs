@@ -226,7 +226,7 @@ impl<P: Platform> Volume<P> {
     /// The file that is there in place of a new one, if nothing was ever written to it.
     async fn take_over(&self, exists: io::Error) -> io::Result<P::File> {
         let file = self.platform.open(&self.path, OpenMode::ReadWrite).await?;
-        if file.stored(0..file.len().await?, 1).await?.is_empty() {
+        if has_no_data(&file).await? {
             return Ok(file);
         }
         file.close().await?;
@@ -342,9 +342,16 @@ impl<P: Platform> Volume<P> {
         self.poisoned.borrow().is_some()
     }
 
-    /// The failed sync, if there was one.
+    /// Why it is of no use: the failed sync, if there was one, or that its store fails.
     pub fn failure(&self) -> Option<String> {
-        self.poisoned.borrow().as_ref().map(|error| error.message.clone())
+        let poison = self.poisoned.borrow().as_ref().map(|error| error.message.clone());
+        let hydration = self.hydration.borrow();
+        poison.or_else(|| hydration.last_error.clone().filter(|_| hydration.state == "store_failed"))
+    }
+
+    /// Bytes of the device that are in the volume.
+    pub fn resident_bytes(&self) -> u64 {
+        (self.map.borrow().resident_sectors() * SECTOR).min(self.spec.size_bytes)
     }
 
     fn check_poison(&self) -> Result<()> {
@@ -438,6 +445,11 @@ impl<P: Platform> Volume<P> {
         *self.poisoned.borrow_mut() = Some(error.clone());
         error
     }
+}
+
+/// Nothing was ever written to the file: it takes no storage.
+pub(super) async fn has_no_data(file: &impl File) -> io::Result<bool> {
+    Ok(file.stored(0..file.len().await?, 1).await?.is_empty())
 }
 
 /// Whether a chunk of a volume has no data in its snapshot: a zero chunk, or past the snapshot's end.

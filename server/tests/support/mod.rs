@@ -9,8 +9,8 @@ use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::{Result, Status};
 use volley_server::journal::{self, Journal};
 use volley_server::platform::Platform;
-use volley_server::platform::sim::{Sim, SimObjects, SimRng};
-use volley_server::shard::api::{AttachInfo, Command, ConnectionId, Handler, Reply, Request};
+use volley_server::platform::sim::{Sim, SimObjects, SimRng, SimWorld};
+use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, Handler, Reply, Request};
 use volley_server::shard::harm::HarmConfig;
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
@@ -26,6 +26,24 @@ pub const CHUNK: u32 = 64 << 10;
 pub struct Image {
     pub snapshot: SnapshotRef,
     pub content: Vec<u8>,
+}
+
+/// A simulated machine with an object store, and in it a snapshot made by [`image`].
+pub fn world(name: &str, chunks: u32, short_by: usize, zero_every: u32, seed: u64) -> (SimWorld, SimObjects, Image) {
+    let world = SimWorld::new(seed);
+    let objects = SimObjects::new(&world);
+    let image = image(&objects, name, chunks, short_by, zero_every, seed);
+    (world, objects, image)
+}
+
+/// GETs of chunks so far.
+pub fn pack_gets(objects: &SimObjects) -> u64 {
+    objects.stats().ranges.iter().filter(|((key, ..), _)| key.starts_with("packs/")).map(|(_, n)| n).sum()
+}
+
+/// A priority fetch of a part of a volume.
+pub fn prefetch(volume: &AttachInfo, offset: u64, len: u64, until: FetchUntil) -> Request {
+    Request::PriorityFetch { volume: volume.volume, offset, len, until }
 }
 
 /// Makes a snapshot of `chunks` chunks less `short_by` bytes (a multiple of 512); every `zero_every`th chunk is zero

@@ -139,6 +139,12 @@ pub fn fields_of<T: DeserializeOwned>(value: &Value) -> CliResult<T> {
     T::deserialize(value).map_err(|e| CliError::new("unsupported", format!("unexpected answer of the server: {e}")))
 }
 
+/// The body of a request: what was given of its fields.
+pub fn request_of(fields: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+    let given = fields.into_iter().filter(|(_, value)| !value.is_null());
+    Value::Object(given.map(|(key, value)| (key.to_string(), value)).collect())
+}
+
 /// A path segment made of a name, which may then not lead elsewhere.
 ///
 /// # Errors

@@ -7,10 +7,9 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use volley_server::placement::Overcommit;
-use volley_server::types::HydrationRate;
 
-use super::api::{Api, fields_of, segment};
+use super::api::{Api, fields_of, request_of, segment};
+use super::place::PlacementArgs;
 use super::{CliError, CliResult, Globals, Table, print_json, print_line};
 use crate::units::{format_duration, format_size, parse_duration, parse_size};
 
@@ -58,18 +57,8 @@ pub struct CreateArgs {
     /// Refuse the batch if the estimate says that it will miss the deadline.
     #[arg(long, requires = "deadline")]
     require_deadline: bool,
-    /// Background hydration of each volume: unlimited, none or bytes per second, e.g. 200MiB/s.
-    #[arg(long)]
-    rate: Option<HydrationRate>,
-    /// Spread the volumes over stores as their load allows, or evenly over failure domains.
-    #[arg(long, value_parser = ["store", "domain"])]
-    spread: Option<String>,
-    /// Label of the only volume store to use.
-    #[arg(long)]
-    store: Option<String>,
-    /// What may be promised for each free byte: unlimited or a number, instead of what the stores say.
-    #[arg(long, value_name = "RATIO")]
-    overcommit: Option<Overcommit>,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Device size, e.g. 10GiB: needed for blank volumes, at least the image's size otherwise.
     #[arg(long, value_parser = parse_size)]
     size: Option<u64>,
@@ -179,16 +168,11 @@ fn create(api: &Api, globals: &Globals, args: CreateArgs) -> CliResult {
         ("start", json!(args.start)),
         ("deadline_seconds", json!(deadline)),
         ("require_deadline", if args.require_deadline { json!(true) } else { Value::Null }),
-        ("rate", json!(args.rate)),
-        ("spread", json!(args.spread)),
-        ("store", json!(args.store)),
-        ("overcommit", json!(args.overcommit)),
         ("size_bytes", json!(args.size)),
         ("chunk_bytes", json!(args.chunk_size)),
         ("token", json!(args.token)),
     ];
-    let given = fields.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_string(), value));
-    let admitted = api.post("/v1/batches", &Value::Object(given.collect()))?;
+    let admitted = api.post("/v1/batches", &request_of(fields.into_iter().chain(args.placement.fields())))?;
     let batch: Batch = fields_of(&admitted)?;
     match (globals.json, args.wait) {
         (true, None) => return print_json(&admitted),

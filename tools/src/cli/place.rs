@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use volley_server::placement::Overcommit;
 use volley_server::types::HydrationRate;
 
-use super::api::{Api, fields_of};
+use super::api::{Api, fields_of, request_of};
 use super::{CliError, CliResult, Globals, Table, print_json, print_line};
 use crate::units::{format_size, parse_size};
 
@@ -24,10 +24,17 @@ pub struct PlaceArgs {
     /// Number of volumes.
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Background hydration: unlimited, none or bytes per second, e.g. 200MiB/s.
+    #[command(flatten)]
+    placement: PlacementArgs,
+}
+
+/// What of a request decides where volumes go.
+#[derive(Debug, Args)]
+pub struct PlacementArgs {
+    /// Background hydration of each: unlimited, none or bytes per second, e.g. 200MiB/s.
     #[arg(long)]
     rate: Option<HydrationRate>,
-    /// Label of the only volume store that will do.
+    /// Label of the only volume store that will do; without, the server chooses one for each volume.
     #[arg(long)]
     store: Option<String>,
     /// Spread the volumes over stores as their load allows, or evenly over failure domains.
@@ -36,6 +43,18 @@ pub struct PlaceArgs {
     /// What may be promised for each free byte: unlimited or a number, instead of what the stores say.
     #[arg(long, value_name = "RATIO")]
     overcommit: Option<Overcommit>,
+}
+
+impl PlacementArgs {
+    /// As fields of a request.
+    pub fn fields(&self) -> [(&'static str, Value); 4] {
+        [
+            ("rate", json!(self.rate)),
+            ("store", json!(self.store)),
+            ("spread", json!(self.spread)),
+            ("overcommit", json!(self.overcommit)),
+        ]
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -72,18 +91,10 @@ struct Load {
 /// # Errors
 /// The server's problem, that it can't be reached, or that the volumes do not fit.
 pub fn run(globals: &Globals, args: PlaceArgs) -> CliResult {
-    let PlaceArgs { dry_run: _, snapshot, size, count, rate, store, spread, overcommit } = args;
-    let fields = [
-        ("snapshot", json!(snapshot)),
-        ("size_bytes", json!(size)),
-        ("count", json!(count)),
-        ("rate", json!(rate)),
-        ("store", json!(store)),
-        ("spread", json!(spread)),
-        ("overcommit", json!(overcommit)),
-    ];
-    let given = fields.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_string(), value));
-    let answer = Api::new(&globals.server)?.post("/v1/place", &Value::Object(given.collect()))?;
+    let PlaceArgs { dry_run: _, snapshot, size, count, placement } = args;
+    let fields = [("snapshot", json!(snapshot)), ("size_bytes", json!(size)), ("count", json!(count))];
+    let request = request_of(fields.into_iter().chain(placement.fields()));
+    let answer = Api::new(&globals.server)?.post("/v1/place", &request)?;
     let placed: Placed = fields_of(&answer)?;
     match globals.json {
         true => print_json(&answer)?,

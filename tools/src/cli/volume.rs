@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use volley_server::placement::Overcommit;
 use volley_server::types::HydrationRate;
 
-use super::api::{Api, fields_of, segment};
+use super::api::{Api, fields_of, request_of, segment};
+use super::place::PlacementArgs;
 use super::{CliError, CliResult, Globals, Table, print_json, print_line};
 use crate::units::{format_duration, format_size, parse_duration, parse_size};
 
@@ -83,18 +83,8 @@ pub struct CreateArgs {
     /// Number of the first volume.
     #[arg(long, requires = "name_prefix")]
     start: Option<u64>,
-    /// Background hydration: unlimited, none or bytes per second, e.g. 200MiB/s.
-    #[arg(long)]
-    rate: Option<HydrationRate>,
-    /// Label of the volume store; without, the server chooses one for each volume.
-    #[arg(long)]
-    store: Option<String>,
-    /// Spread the volumes over stores as their load allows, or evenly over failure domains.
-    #[arg(long, value_parser = ["store", "domain"])]
-    spread: Option<String>,
-    /// What may be promised for each free byte: unlimited or a number, instead of what the stores say.
-    #[arg(long, value_name = "RATIO")]
-    overcommit: Option<Overcommit>,
+    #[command(flatten)]
+    placement: PlacementArgs,
     /// Chunk size of a blank volume.
     #[arg(long, value_parser = parse_size)]
     chunk_size: Option<u64>,
@@ -150,36 +140,18 @@ pub fn run(globals: &Globals, command: VolumeCommand) -> CliResult {
 }
 
 fn create(api: &Api, globals: &Globals, args: CreateArgs) -> CliResult {
-    let CreateArgs {
-        positional_name,
-        name,
-        snapshot,
-        size,
-        count,
-        name_prefix,
-        start,
-        rate,
-        store,
-        spread,
-        overcommit,
-        chunk_size,
-    } = args;
     let fields = [
-        ("name", json!(name.or(positional_name))),
-        ("name_prefix", json!(name_prefix)),
-        ("count", json!(count)),
-        ("start", json!(start)),
-        ("snapshot", json!(snapshot)),
-        ("size_bytes", json!(size)),
-        ("rate", json!(rate)),
-        ("store", json!(store)),
-        ("spread", json!(spread)),
-        ("overcommit", json!(overcommit)),
-        ("chunk_bytes", json!(chunk_size)),
+        ("name", json!(args.name.or(args.positional_name))),
+        ("name_prefix", json!(args.name_prefix)),
+        ("count", json!(args.count)),
+        ("start", json!(args.start)),
+        ("snapshot", json!(args.snapshot)),
+        ("size_bytes", json!(args.size)),
+        ("chunk_bytes", json!(args.chunk_size)),
     ];
-    let given = fields.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_string(), value));
+    let request = request_of(fields.into_iter().chain(args.placement.fields()));
     let begun = Instant::now();
-    let created = api.post("/v1/volumes", &Value::Object(given.collect()))?;
+    let created = api.post("/v1/volumes", &request)?;
     let took = begun.elapsed();
     match globals.json {
         true => print_json(&created),

@@ -44,6 +44,12 @@ fn with_stores(stores: &[(&str, &Path)]) -> NodeOptions {
     NodeOptions { config: stores.iter().map(table).collect(), ..NodeOptions::default() }
 }
 
+/// A node whose only store hydrates at so much per second.
+fn with_bandwidth(path: &Path, bandwidth: &str) -> NodeOptions {
+    let store = format!("[[store]]\nlabel = \"s\"\nhydration_bandwidth = {bandwidth:?}\npath = {path:?}\n");
+    NodeOptions { config: store, default_rate: "unlimited", ..NodeOptions::default() }
+}
+
 fn is_clean(site: &Site) {
     let data = site.data().display().to_string();
     let report = site.volley(&["check", &data, "--json"]);
@@ -88,10 +94,8 @@ fn a_batch_goes_on_after_kill_9_and_leaves_nothing_when_it_is_cancelled() {
 #[test]
 fn a_batch_is_predicted_hydrated_and_compared_and_another_is_cancelled_meanwhile() {
     let site = site();
-    let config = "[[store]]\nlabel = \"s\"\nhydration_bandwidth = \"200MiB/s\"\n".to_owned();
     let path = site.data().join("store");
-    let config = format!("{config}path = {path:?}\n");
-    let node = site.start(&NodeOptions { config, default_rate: "unlimited", ..NodeOptions::default() });
+    let node = site.start(&with_bandwidth(&path, "200MiB/s"));
     let refused = create("600", "no-", &["--deadline", "5s", "--require-deadline"]);
     node.volley(&site, &refused).fails_naming(&["not within 5 s", "store \"s\" at its hydration share of 200 MiB/s"]);
     let slow = id(&node.json(&site, &create("50", "slow-", &["--rate", "1MiB/s"])));
@@ -119,8 +123,7 @@ fn a_batch_is_predicted_hydrated_and_compared_and_another_is_cancelled_meanwhile
 #[test]
 fn a_batch_that_is_due_overtakes_one_that_is_not() {
     let site = site();
-    let config = format!("[[store]]\nlabel = \"s\"\nhydration_bandwidth = \"16MiB/s\"\npath = {:?}\n", site.path("s"));
-    let node = site.start(&NodeOptions { config, default_rate: "unlimited", ..NodeOptions::default() });
+    let node = site.start(&with_bandwidth(&site.path("s"), "16MiB/s"));
     let whenever = id(&node.json(&site, &create("40", "slow-", &[])));
     eventually("it has begun", || number(&show(&node, &site, &whenever), "resident_bytes") > MIB);
     let due = id(&node.json(&site, &create("2", "vm-", &["--deadline", "60s"])));

@@ -24,7 +24,7 @@ use clap::{Parser, ValueEnum};
 use volley_benches::figure::{Figure, conclude};
 use volley_benches::process::{Result, Server, machine, run};
 use volley_benches::site::{Site, SiteArgs};
-use volley_benches::{BOOT_TRACE, IMAGE_BYTES, boot_image};
+use volley_benches::{BOOT_TRACE, IMAGE_BYTES, boot_image, creation};
 use volley_tools::load::Target;
 use volley_tools::load::nbd::Servers;
 use volley_tools::load::replay::Speed;
@@ -180,9 +180,8 @@ impl Bench<'_> {
     }
 
     fn create(&self, server: &Server, volumes: u32, words: &[&str]) -> Result<()> {
-        let create = ["volume", "create", "--overcommit", "unlimited", "--snapshot", "debian"];
-        let named = ["--name-prefix", "vm-", "--count", &volumes.to_string()];
-        run(self.site.volley(Some(server), &create)?.args(named).args(words))?;
+        let count = volumes.to_string();
+        run(self.site.volley(Some(server), &creation("debian", "vm-", &count))?.args(words))?;
         Ok(())
     }
 

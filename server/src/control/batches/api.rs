@@ -162,7 +162,7 @@ impl Control {
             if lock(&entry.record).request == request {
                 return Ok((StatusCode::OK, entry));
             }
-            let detail = format!("the token was used for another request, batch {}", entry.record().id_text());
+            let detail = format!("the token was used for another request, batch {}", entry.id);
             return Err(Problem::new(Status::Conflict, detail));
         }
         let admitted = self.admit(&create_request(&request), &mut references).await?;
@@ -197,7 +197,7 @@ impl Control {
 
     async fn admitted(&self, request: Request, admitted: &Admitted) -> Answer<Record> {
         let random = random_numbers(2)?;
-        let stores = self.0.stores.iter().map(|store| store.label.to_string()).collect();
+        let stores = self.0.settings.stores.iter().map(|store| store.label.to_string()).collect();
         let placed = admitted.plan.outcome.clone().unwrap_or_default();
         let mut record = Record::new(request, &admitted.common, stores, placed, [random[0], random[1]], unix_ms());
         let predicted = self.predict(&record).await?;

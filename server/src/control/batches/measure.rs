@@ -55,7 +55,7 @@ impl Control {
         let object_bytes = ledgers.iter().flatten().map(|(_, totals)| totals.object_bytes).sum();
         let mut speeds = lock(&self.0.batches.speeds);
         speeds.note_object_bytes(object_bytes);
-        for (index, store) in self.0.stores.iter().enumerate() {
+        for (index, store) in self.0.settings.stores.iter().enumerate() {
             let parts = || loads.iter().filter_map(|loads| loads.get(index));
             let sum = |field: fn(&StoreLoad) -> u64| parts().map(field).sum::<u64>();
             let per_second = sum(|load| load.hydrated_bytes_per_second);
@@ -91,7 +91,7 @@ impl Control {
         let loads = self.0.shards.query_all(|reply| Command::StoreLoads { snapshot: None, reply }).await?;
         let speeds = lock(&self.0.batches.speeds);
         let part = |(store, volumes): (&str, u64)| {
-            let place = self.0.stores.iter().position(|known| *known.label == *store);
+            let place = self.0.settings.stores.iter().position(|known| *known.label == *store);
             let shares = place.is_some_and(|at| loads.iter().any(|loads| loads[at].shares_extents));
             let measured = speeds.stores.get(store).and_then(Measured::per_second);
             let whole = Part {
@@ -99,7 +99,7 @@ impl Control {
                 bytes: volumes.saturating_mul(record.data_bytes),
                 ahead_bytes: due.get(store).copied().unwrap_or_default(),
                 measured,
-                share: place.and_then(|at| self.0.stores[at].hydration_bandwidth),
+                share: place.and_then(|at| self.0.settings.stores[at].hydration_bandwidth),
             };
             match (shares, measured) {
                 (false, _) => whole,

@@ -1,7 +1,8 @@
 //! How far batches are: what their files say, joined with what the shards see.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -223,15 +224,17 @@ impl Control {
 
     /// Oldest first.
     pub(super) async fn all_progress(&self) -> Answer<Vec<Progress>> {
-        let none = BatchTotals::default();
-        let records: BTreeMap<u64, Record> =
-            self.0.batches.all().iter().map(|entry| entry.record()).map(|record| (record.id(), record)).collect();
+        let entries = self.0.batches.all();
         let totals = self.batch_totals().await?;
-        let of_records =
-            records.iter().map(|(id, record)| Progress::of_record(record, totals.get(id).unwrap_or(&none)));
-        let of_requests = totals.iter().filter(|(id, _)| !records.contains_key(id));
-        let of_requests = of_requests.map(|(id, totals)| Progress::of_totals(batch_text(*id), totals));
-        let mut all: Vec<Progress> = of_records.chain(of_requests).collect();
+        let (none, mut known) = (BatchTotals::default(), BTreeSet::new());
+        let mut all: Vec<Progress> = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let record = lock(&entry.record);
+            known.insert(record.id());
+            all.push(Progress::of_record(&record, totals.get(&record.id()).unwrap_or(&none)));
+        }
+        let of_requests = totals.iter().filter(|(id, _)| !known.contains(id));
+        all.extend(of_requests.map(|(id, totals)| Progress::of_totals(batch_text(*id), totals)));
         all.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
         Ok(all)
     }
@@ -248,19 +251,38 @@ impl Control {
     }
 
     async fn watch_batches(&self) -> Answer<()> {
-        let watched: Vec<Arc<Entry>> = self.0.batches.all().into_iter().filter(|entry| is_watched(entry)).collect();
-        if watched.is_empty() {
+        // Those that have nothing to wait for are looked at when volumes were deleted.
+        let deleted = self.0.batches.deleted.swap(false, Ordering::Relaxed);
+        let all = self.0.batches.all();
+        let under_way = all.iter().any(|entry| is_under_way(&lock(&entry.record)));
+        if !under_way {
             lock(&self.0.batches.speeds).pause();
+        }
+        if !under_way && !deleted {
             return Ok(());
         }
-        self.measure_speeds().await?;
-        let created: Vec<Arc<Entry>> = watched.into_iter().filter(|entry| entry.state() == State::Created).collect();
+        let watched = self.note_progress(&all, under_way).await;
+        if watched.is_err() && deleted {
+            self.0.batches.note_deletion().await;
+        }
+        watched
+    }
+
+    async fn note_progress(&self, all: &[Arc<Entry>], under_way: bool) -> Answer<()> {
+        if under_way {
+            self.measure_speeds().await?;
+        }
+        let created: Vec<&Arc<Entry>> = all.iter().filter(|entry| is_created(&lock(&entry.record))).collect();
         let totals = self.batch_totals().await?;
         for entry in created {
-            let (before, now) = (entry.record(), unix_ms());
-            self.0.batches.update(&entry, |record| note_milestones(record, totals.get(&before.id()), now)).await?;
+            let (id, was_done) = {
+                let record = lock(&entry.record);
+                (record.id(), record.is_done())
+            };
+            let now = unix_ms();
+            self.0.batches.update(entry, |record| note_milestones(record, totals.get(&id), now)).await?;
             let record = entry.record();
-            if record.is_done() && !before.is_done() {
+            if record.is_done() && !was_done {
                 self.announce(&record).await?;
             }
         }
@@ -269,9 +291,14 @@ impl Control {
     }
 }
 
-fn is_watched(entry: &Entry) -> bool {
-    let record = lock(&entry.record);
-    record.is_open() || (record.state == State::Created && record.milestones.ended_unix_ms.is_none())
+/// All its volumes were made, and some may be there.
+fn is_created(record: &Record) -> bool {
+    record.state == State::Created && record.milestones.ended_unix_ms.is_none()
+}
+
+/// Something will happen to it by itself.
+fn is_under_way(record: &Record) -> bool {
+    record.is_open() || (is_created(record) && !record.is_done())
 }
 
 /// Of a batch that had all its volumes before the totals were taken.

@@ -51,7 +51,7 @@ impl Control {
                 tracing::warn!(batch = record.id_text(), %error, "batch: its deadline is not known to all shards");
             }
             if record.is_working() {
-                tracing::info!(batch = entry.record().id_text(), state = ?entry.state(), "batch: going on");
+                tracing::info!(batch = entry.id, state = ?entry.state(), "batch: going on");
                 self.start_work(&entry, None);
             }
         }
@@ -79,7 +79,7 @@ impl Control {
                 // What is left is done after the restart.
                 Err(problem) if problem.is(Status::ShuttingDown) => return,
                 Err(problem) => {
-                    tracing::warn!(batch = entry.record().id_text(), problem = problem.detail(), "batch: waiting");
+                    tracing::warn!(batch = entry.id, problem = problem.detail(), "batch: waiting");
                     lock(&entry.record).problem = Some(problem.detail().to_string());
                     tokio::time::sleep(RETRY).await;
                 }
@@ -104,7 +104,7 @@ impl Control {
             }
             let before = failed.len();
             for (store, error) in failures.by_store {
-                tracing::warn!(batch = entry.record().id_text(), store, %error, "batch: volumes not made");
+                tracing::warn!(batch = entry.id, store, %error, "batch: volumes not made");
                 failed.entry(store).or_insert_with(|| error.to_string());
             }
             let again = match failed.len() > before {
@@ -127,9 +127,9 @@ impl Control {
         if made > 0 {
             lock(&self.0.batches.speeds).note_created(made as u64, begun.elapsed());
         }
-        let record = entry.record();
+        let record = lock(&entry.record);
         let seconds = now.saturating_sub(record.admitted_unix_ms) as f64 / 1e3;
-        tracing::info!(batch = record.id_text(), volumes = record.count(), seconds, "batch: created");
+        tracing::info!(batch = entry.id, volumes = record.count(), seconds, "batch: created");
         Ok(())
     }
 
@@ -181,7 +181,7 @@ impl Control {
     /// Volumes of the batch that do not exist.
     async fn missing(&self, entry: &Entry) -> Result<Vec<u32>, Problem> {
         let record = entry.record();
-        let there = self.volumes_of(record.id_text()).await?;
+        let there = self.volumes_of(&entry.id).await?;
         let there: BTreeSet<String> = there.into_iter().map(|(name, _)| name).collect();
         Ok(record.volumes().filter(|volume| !there.contains(&record.name(*volume))).collect())
     }
@@ -209,7 +209,7 @@ impl Control {
         let Ok(stores) = &plan.outcome else {
             return Err(plan.refusal(&batch).map(|refusal| Problem::new(Status::NoSpace, refusal)));
         };
-        let labels: Vec<&str> = stores.iter().map(|store| &*self.0.stores[*store as usize].label).collect();
+        let labels: Vec<&str> = stores.iter().map(|store| &*self.0.settings.stores[*store as usize].label).collect();
         let moved = |record: &mut Record| {
             for (volume, label) in missing.iter().zip(labels) {
                 record.place(*volume, label);
@@ -230,9 +230,9 @@ impl Control {
     ) -> Result<(), Problem> {
         let stores: Vec<String> = failed.iter().map(|(store, error)| format!("store {store:?}: {error}")).collect();
         let elsewhere = refused.map(|problem| format!("; elsewhere: {}", problem.detail())).unwrap_or_default();
-        let (of, reasons) = (entry.record().count(), stores.join("; "));
+        let (of, reasons) = (lock(&entry.record).count(), stores.join("; "));
         let problem = format!("{} of {of} volumes could not be made: {reasons}{elsewhere}", missing.len());
-        tracing::error!(batch = entry.record().id_text(), problem, "batch: stalled");
+        tracing::error!(batch = entry.id, problem, "batch: stalled");
         entry.set_pending(missing);
         let stalled = |record: &mut Record| {
             if record.state == State::Creating {
@@ -245,9 +245,8 @@ impl Control {
 
     /// Deletes what exists of the batch.
     async fn unmake(&self, entry: &Entry) -> Result<(), Problem> {
-        let record = entry.record();
-        let volumes = self.volumes_of(record.id_text()).await?;
-        let (shards, force) = (&self.0.shards, record.force);
+        let volumes = self.volumes_of(&entry.id).await?;
+        let (shards, force) = (&self.0.shards, lock(&entry.record).force);
         for step in volumes.chunks(STEP) {
             let deleted = join_all(step.iter().map(|(name, _)| async move {
                 let owner = shards.owner_of(name);
@@ -268,7 +267,7 @@ impl Control {
         };
         self.0.batches.update(entry, ended).await?;
         self.announce(&entry.record()).await?;
-        tracing::info!(batch = record.id_text(), volumes = volumes.len(), "batch: cancelled");
+        tracing::info!(batch = entry.id, volumes = volumes.len(), "batch: cancelled");
         self.0.upkeep_due.notify_one();
         Ok(())
     }

@@ -291,7 +291,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         turn: FillTurn,
     ) -> bool {
         let (base, store) = (&self.0.bases[volume.store], &self.0.stores[volume.store]);
-        let now = || self.0.platform.now();
         if !base.is_usable() {
             return false;
         }
@@ -312,10 +311,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 base.counters.cloned_chunks.add(filled.chunks);
                 base.counters.cloned_bytes.add(filled.bytes);
                 base.counters.clones.add(filled.clones);
-                store.budget.borrow_mut().charge(filled.clones * CLONE_BYTES, now());
-                volume.hydration.borrow_mut().meter.add(filled.bytes, now());
-                store.hydrated.borrow_mut().add(filled.bytes, now());
-                self.note_dirty(volume);
+                self.charge_store(volume, filled.clones * CLONE_BYTES);
+                self.note_filled(volume, filled.bytes);
                 true
             }
             Err(error) => {
