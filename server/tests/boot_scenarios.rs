@@ -190,3 +190,27 @@ fn a_prefetched_set_answers_the_whole_wave_from_memory() {
         assert_eq!(prefetched, BOOT.len() as u64);
     });
 }
+
+#[test]
+fn the_image_of_a_wave_is_fetched_once_ahead_of_its_guests_unless_it_is_too_large() {
+    let lab = Lab::new(9);
+    lab.world.block_on(async {
+        for (cache_chunks, ahead) in [(2 * CHUNKS, true), (CHUNKS, false)] {
+            let cache_bytes = (cache_chunks * CHUNK) as usize;
+            let options = Options { shards: 2, cache_bytes, ..Options::default() };
+            let node = Node::start(lab.world.platform(), &lab.objects, &options).await.expect("started");
+            for shard in 0..node.shards.len() {
+                let make = |reply| Command::PrefetchImage { snapshot: lab.image.snapshot.clone(), reply };
+                node.command(shard, make).await.expect("begun");
+            }
+            node.platform.sleep(Duration::from_secs(5)).await;
+            let before = support::pack_gets(&lab.objects);
+            let volume = lab.attached(&node, &format!("vm-{cache_chunks}"), HydrationRate::None).await;
+            for chunk in BOOT {
+                lab.read(&node, &volume, chunk).await;
+            }
+            assert_eq!(support::pack_gets(&lab.objects) == before, ahead, "{cache_chunks} chunks of cache");
+            node.stop().await;
+        }
+    });
+}

@@ -52,7 +52,7 @@ impl CacheConfig {
 impl Default for CacheConfig {
     fn default() -> CacheConfig {
         CacheConfig {
-            ram_bytes: ByteSize(256 << 20),
+            ram_bytes: ByteSize(1 << 30),
             pin_waves: Span(Duration::from_secs(60)),
             disk_bytes: ByteSize(0),
             dir: None,

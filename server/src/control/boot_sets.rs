@@ -15,7 +15,7 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 
 use crate::bootset::{BOOT_SET_PREFIX, BootSet, CHUNKS_MAX, Learned, boot_set_key};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::Metric;
 use crate::shard::api::Command;
 use crate::snapshot::Manifest;
@@ -197,26 +197,32 @@ impl Control {
         Ok(())
     }
 
-    /// Volumes of the image are about to be made: they hydrate its boot set first, and the node fetches it now.
-    pub(super) async fn prepare_boots(&self, manifest: &Manifest) {
+    /// Volumes of the image are about to be made: they hydrate its boot set first, and the node fetches it now; of a `wave` of them,
+    /// then the rest of the image.
+    pub(super) async fn prepare_boots(&self, manifest: &Manifest, wave: bool) {
         let prepared = async {
             let mut sets = self.0.boot_sets.lock().await;
             sets.load(self).await?;
             let set = sets.of(&manifest.name);
             drop(sets);
-            match set.is_empty() {
-                true => Ok(()),
-                false => self.hand_out(&set, manifest, true).await,
+            if !set.is_empty() {
+                self.hand_out(&set, manifest, true).await?;
             }
+            if wave {
+                let snapshot = manifest.reference();
+                let command = |reply| Command::PrefetchImage { snapshot: snapshot.clone(), reply };
+                self.0.shards.query_all(command).await?.into_iter().collect::<Result<()>>()?;
+            }
+            Ok::<(), Error>(())
         };
         if let Err(error) = prepared.await {
-            tracing::warn!(image = manifest.name, %error, "volumes are made without a boot set");
+            tracing::warn!(image = manifest.name, %error, "nothing is fetched ahead for the new volumes");
         }
     }
 
     async fn hand_out(&self, set: &BootSet, manifest: &Manifest, prefetch: bool) -> Result<()> {
         let chunks: Arc<[u32]> = set.chunks_of(manifest).into();
-        let snapshot = SnapshotRef { name: Arc::from(&*manifest.name), id: manifest.id };
+        let snapshot = manifest.reference();
         let command = |reply| {
             let (snapshot, chunks) = (snapshot.clone(), chunks.clone());
             Command::UseBootSet { snapshot, chunks, prefetch, reply }

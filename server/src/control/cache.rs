@@ -1,7 +1,6 @@
 //! `/v1/cache`: the chunk cache of the node, over all shards: looking at it, warming it with an image, unpinning, dropping.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
@@ -98,8 +97,7 @@ pub(super) async fn drop_image(State(control): State<Control>, Segment(image): S
 
 impl Control {
     async fn snapshot(&self, image: &str) -> Answer<SnapshotRef> {
-        let manifest = self.manifest(image).await?;
-        Ok(SnapshotRef { name: Arc::from(image), id: manifest.id })
+        Ok(self.manifest(image).await?.reference())
     }
 }
 

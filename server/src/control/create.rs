@@ -30,6 +30,8 @@ use super::place::refused;
 use super::problem::{Answer, Problem};
 use super::references::References;
 
+/// Volumes of one request that are a wave: a node that hydrates as many will want all of their image soon.
+const WAVE_VOLUMES_MIN: usize = 8;
 /// More volumes in one request would only make an answer nobody can handle.
 const COUNT_MAX: u64 = 100_000;
 /// The largest file of ext4 with 4 KiB blocks is one block short of 16 TiB.
@@ -118,18 +120,23 @@ impl Control {
         self.0.batches.check_names(&names)?;
         let manifest = self.manifest_of(request).await?;
         let common = self.common(request, manifest.as_ref())?;
-        if let Some(manifest) = &manifest {
-            if !references.holds(&manifest.name) {
-                references.hold(self, &manifest.name).await?;
-                self.check_still_there(&manifest.name, manifest.id).await?;
-            }
-            self.prepare_boots(manifest).await;
+        if let Some(manifest) = &manifest
+            && !references.holds(&manifest.name)
+        {
+            references.hold(self, &manifest.name).await?;
+            self.check_still_there(&manifest.name, manifest.id).await?;
         }
         let batch = batch_of(request, names.len() as u64, &common);
         let plan = self.plan(&batch, common.snapshot.as_ref(), &BTreeMap::new()).await?;
         match refused(&plan, &batch) {
             Some(problem) => Err(problem),
-            None => Ok(Admitted { names, common, batch, plan }),
+            None => {
+                if let Some(manifest) = &manifest {
+                    let wave = names.len() >= WAVE_VOLUMES_MIN && common.rate != HydrationRate::None;
+                    self.prepare_boots(manifest, wave).await;
+                }
+                Ok(Admitted { names, common, batch, plan })
+            }
         }
     }
 
@@ -324,7 +331,7 @@ fn from_snapshot(request: &CreateRequest, manifest: &Manifest, rate: HydrationRa
     }
     let stored = (0..manifest.chunk_count()).filter(|chunk| manifest.chunk(*chunk) != ChunkEntry::Zero);
     let data_bytes = stored.map(|chunk| u64::from(manifest.chunk_len(chunk))).sum();
-    let snapshot = SnapshotRef { name: Arc::from(manifest.name.as_str()), id: manifest.id };
+    let snapshot = manifest.reference();
     Ok(Common { snapshot: Some(snapshot), size_bytes, chunk_bytes, data_bytes, rate })
 }
 

@@ -310,6 +310,12 @@ pub enum Command {
         prefetch: bool,
         reply: ReplyTo<Result<()>>,
     },
+    /// Many volumes of the snapshot are about to be read: the shard fetches what it owns of the image into the cache now, if it is
+    /// small enough. Answered when it has begun.
+    PrefetchImage {
+        snapshot: SnapshotRef,
+        reply: ReplyTo<Result<()>>,
+    },
     /// The boots recorded since the last time.
     TakeBoots {
         reply: ReplyTo<Vec<RecordedBoot>>,

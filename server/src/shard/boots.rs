@@ -26,8 +26,10 @@ const RECORDINGS_MAX: usize = 16;
 const RECORDED_MAX: usize = 64;
 /// Images whose sets are kept; the one set longest ago is forgotten first.
 const SETS_MAX: usize = 64;
-/// Chunks of a set that are asked for at the same time.
+/// Chunks of a set that are asked for at the same time: they lie anywhere.
 const PREFETCH_WINDOW_CHUNKS: usize = 16;
+/// Of a whole image, whose neighbours share GETs.
+const IMAGE_WINDOW_CHUNKS: usize = 64;
 
 /// A boot being recorded.
 pub struct Recording {
@@ -145,14 +147,32 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let manifest = self.load_manifest(snapshot).await?;
         let mut absent = self.owned(&manifest, chunks.iter().copied().filter(|chunk| *chunk < manifest.chunk_count()));
         absent.retain(|source| !self.0.transfer.is_cached(&source.digest).0);
-        let shard = self.clone();
-        self.0.platform.spawn(Queue::Serve, async move { shard.prefetch(absent).await });
+        self.spawn_prefetch(absent, PREFETCH_WINDOW_CHUNKS);
         Ok(())
     }
 
+    /// Each of many volumes will read and hydrate the image, so each chunk is wanted anyway, once: it comes while the first machines
+    /// start, and not when the first of them asks. Unless it would push out what others use: it takes three quarters of the RAM cache at most.
+    pub(super) async fn prefetch_image(&self, snapshot: &SnapshotRef) -> Result<()> {
+        let manifest = self.load_manifest(snapshot).await?;
+        let mut absent = self.owned(&manifest, 0..manifest.chunk_count());
+        let bytes: u64 = absent.iter().map(|source| u64::from(source.chunk_len)).sum();
+        if bytes > self.0.transfer.tiers().0.budget_bytes / 4 * 3 {
+            return Ok(());
+        }
+        absent.retain(|source| !self.0.transfer.is_cached(&source.digest).0);
+        self.spawn_prefetch(absent, IMAGE_WINDOW_CHUNKS);
+        Ok(())
+    }
+
+    fn spawn_prefetch(&self, sources: Vec<ChunkSource>, window: usize) {
+        let shard = self.clone();
+        self.0.platform.spawn(Queue::Serve, async move { shard.prefetch(sources, window).await });
+    }
+
     /// Who wants one of them meanwhile joins, and makes it urgent. What fails is fetched when somebody wants it.
-    async fn prefetch(&self, sources: Vec<ChunkSource>) {
-        for window in sources.chunks(PREFETCH_WINDOW_CHUNKS) {
+    async fn prefetch(&self, sources: Vec<ChunkSource>, window: usize) {
+        for window in sources.chunks(window) {
             if self.0.stopping.get() {
                 return;
             }

@@ -65,6 +65,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Command::UseBootSet { snapshot, chunks, prefetch, reply } => {
                 drop(reply.send(self.use_boot_set(&snapshot, &chunks, prefetch).await));
             }
+            Command::PrefetchImage { snapshot, reply } => drop(reply.send(self.prefetch_image(&snapshot).await)),
             Command::TakeBoots { reply } => drop(reply.send(self.take_boots())),
             Command::Objects { op, reply } => drop(reply.send(self.object_op(op).await)),
             Command::Stop { reply } => {

@@ -69,7 +69,7 @@ counters! {
     filled_bytes: "Bytes written into volumes by hydration.",
     fills_deferred: "Fills of read misses put off because hydration of the store was at its limit.",
     boots_recorded: "First boots of volumes whose touched chunks were recorded.",
-    boot_chunks_prefetched: "Chunks of boot sets fetched into the cache before anybody asked.",
+    boot_chunks_prefetched: "Chunks of boot sets, and of the images of waves, fetched into the cache before anybody asked.",
     readahead_chunks: "Chunks fetched ahead of guests that read in order.",
     readahead_used_chunks: "Chunks asked for ahead of a guest that it read afterwards.",
     readahead_wasted_chunks: "Chunks asked for ahead of a guest that went on elsewhere, or whose volume was deleted.",

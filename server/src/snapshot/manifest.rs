@@ -11,7 +11,7 @@ use volley_protocol::name::check_name;
 use super::chunk::Encoding;
 use super::pack::{HEADER_BYTES as PACK_HEADER_BYTES, PACK_BYTES_MAX};
 use super::parse_pack_key;
-use crate::types::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, LOGICAL_BLOCK_BYTES};
+use crate::types::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, LOGICAL_BLOCK_BYTES, SnapshotRef};
 
 pub const MAGIC: [u8; 8] = *b"VLYMANIF";
 /// 1: the first.
@@ -146,6 +146,12 @@ impl Manifest {
     pub fn new(info: SnapshotInfo, packs: Vec<String>, chunks: &[ChunkEntry]) -> Result<Manifest, ManifestError> {
         let chunks = chunks.iter().map(|entry| Slot::from_entry(*entry)).collect::<Result<_, _>>()?;
         Manifest::assemble(info, packs, chunks)
+    }
+
+    /// The name and id of its snapshot.
+    #[must_use]
+    pub fn reference(&self) -> SnapshotRef {
+        SnapshotRef { name: self.name.as_str().into(), id: self.id }
     }
 
     /// Reads a manifest, checking magic, version, checksum, bounds and meaning.

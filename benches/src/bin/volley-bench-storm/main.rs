@@ -157,6 +157,7 @@ struct Asking {
     /// NBD servers to read from instead of the node.
     nbd: Option<Servers>,
     hosts: u32,
+    arrivals: Arrivals,
 }
 
 impl Bench<'_> {
@@ -198,7 +199,7 @@ impl Bench<'_> {
             events: self.reads.clone(),
             ask: asking.ask,
             first_touches_only: !reads && !self.args.every_read,
-            arrivals: Arrivals::AtOnce,
+            arrivals: asking.arrivals,
             speed: Speed::Max,
             depth: 1,
             duration: Duration::from_secs(3600),

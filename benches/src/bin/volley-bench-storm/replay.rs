@@ -5,7 +5,7 @@ use volley_benches::figure::{Figure, Pair, ms};
 use volley_benches::process::{Result, run};
 use volley_tools::load::histogram::Histogram;
 use volley_tools::load::report::Report;
-use volley_tools::load::storm::{Ask, Progress};
+use volley_tools::load::storm::{Arrivals, Ask, Progress};
 
 use super::nbdkit::{self, Nbdkit};
 use super::{Asking, Bench, HOSTS};
@@ -114,7 +114,8 @@ impl Bench<'_> {
             }
             self.create(server, volumes, &[])?;
             let address = server.ready_word("data")?;
-            let asking = |nbd| Asking { volumes, ask: Ask::Read, nbd, hosts: HOSTS.min(volumes) };
+            let asking =
+                |nbd| Asking { volumes, ask: Ask::Read, nbd, hosts: HOSTS.min(volumes), arrivals: Arrivals::AtOnce };
             if way == Way::Client {
                 return Ok(Replayed::of(&self.ask(&address, asking(None), &Progress::default())?));
             }
@@ -129,7 +130,13 @@ impl Bench<'_> {
     }
 
     fn replay_peer(&self, peer: &Nbdkit, volumes: u32) -> Result<Replayed> {
-        let asking = Asking { volumes, ask: Ask::Read, nbd: Some(peer.address().parse()?), hosts: HOSTS.min(volumes) };
+        let asking = Asking {
+            volumes,
+            ask: Ask::Read,
+            nbd: Some(peer.address().parse()?),
+            hosts: HOSTS.min(volumes),
+            arrivals: Arrivals::AtOnce,
+        };
         Ok(Replayed::of(&self.ask("", asking, &Progress::default())?))
     }
 }

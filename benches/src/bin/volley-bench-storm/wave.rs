@@ -12,7 +12,7 @@ use volley_benches::mount::Xfs;
 use volley_benches::process::{Result, Server, run};
 use volley_client::FetchUntil;
 use volley_tools::load::report::Report;
-use volley_tools::load::storm::{Ask, Progress};
+use volley_tools::load::storm::{Arrivals, Ask, Progress};
 
 use super::{Asking, Bench, HOSTS};
 
@@ -28,6 +28,8 @@ const POLL: Duration = Duration::from_millis(50);
 const DISK_SECONDS_MAX: Duration = Duration::from_secs(60);
 /// How long the guest is measured without a storm.
 const QUIET_SECONDS: u32 = 8;
+/// When the machines of that storm start: it has a minute, and a hypervisor starts no thousand machines in one moment.
+const RAMP: Duration = Duration::from_secs(42);
 /// The guest's I/O ends when the storm does, or after this.
 const GUEST_SECONDS_MAX: u32 = 600;
 
@@ -135,7 +137,7 @@ impl Bench<'_> {
         let (mut latency, mut rate, mut seconds) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..self.args.runs {
             eprintln!("guest: run {} of {}", number + 1, self.args.runs);
-            let felt = self.node(HYDRATION_BANDWIDTH, "", |server| self.guest_in_storm(server))?;
+            let felt = self.node(HYDRATION_BANDWIDTH, "idle_poll = \"0s\"\n", |server| self.guest_in_storm(server))?;
             latency.push(felt.p99_ms);
             rate.push(felt.iops);
             seconds.push(felt.storm_seconds);
@@ -160,9 +162,7 @@ impl Bench<'_> {
         // Past its ramp, which fio does not count.
         std::thread::sleep(Duration::from_millis(1500));
         let begun = Instant::now();
-        let stormed = self
-            .create(server, self.args.volumes, &[])
-            .and_then(|()| self.fetch_all(server, self.args.volumes, FetchUntil::Readable, &Progress::default()));
+        let stormed = self.create(server, self.args.volumes, &[]).and_then(|()| self.fetch_from_elsewhere(server));
         let storm_seconds = begun.elapsed().as_secs_f64();
         // SAFETY: a signal to a child that has not been waited for; fio then prints what it measured.
         unsafe { libc::kill(i32::try_from(guest.id()).expect("pids fit"), libc::SIGINT) };
@@ -175,8 +175,24 @@ impl Bench<'_> {
     }
 
     fn fetch_all(&self, server: &Server, volumes: u32, until: FetchUntil, progress: &Progress) -> Result<Report> {
-        let asking = Asking { volumes, ask: Ask::Fetch(until), nbd: None, hosts: HOSTS };
+        let asking = Asking { volumes, ask: Ask::Fetch(until), nbd: None, hosts: HOSTS, arrivals: Arrivals::AtOnce };
         self.ask(&server.ready_word("data")?, asking, progress)
+    }
+
+    /// The storm of the guest's neighbours: they start over [`RAMP`], and what plays them gets the lowest rank on the cores, because the
+    /// machines it stands for have cores of their own.
+    fn fetch_from_elsewhere(&self, server: &Server) -> Result<Report> {
+        let (ask, arrivals) = (Ask::Fetch(FetchUntil::Readable), Arrivals::Ramp(RAMP));
+        let asking = Asking { volumes: self.args.volumes, ask, nbd: None, hosts: HOSTS, arrivals };
+        let address = server.ready_word("data")?;
+        std::thread::scope(|scope| {
+            let storm = scope.spawn(|| {
+                // SAFETY: changes the rank of this thread, and of those that it starts.
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+                self.ask(&address, asking, &Progress::default())
+            });
+            storm.join().map_err(|_| "the storm panicked".to_owned())?
+        })
     }
 
     /// What the image takes in the object store: what leaves it at most, when each chunk leaves it once.

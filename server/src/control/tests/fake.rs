@@ -348,7 +348,7 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         Command::DropCache { reply, .. } => {
             drop(reply.send(Ok(Dropped { chunks_ram: 1, chunks_disk: 2 })));
         }
-        Command::UseBootSet { reply, .. } => drop(reply.send(Ok(()))),
+        Command::UseBootSet { reply, .. } | Command::PrefetchImage { reply, .. } => drop(reply.send(Ok(()))),
         Command::TakeBoots { reply } => drop(reply.send(Vec::new())),
         Command::Objects { .. } | Command::SetDeadline { .. } | Command::Stop { .. } => {
             unreachable!("handled by the caller")
