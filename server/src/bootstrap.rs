@@ -70,6 +70,8 @@ pub struct NodeConfig {
     pub fetch_limits: QueueLimits,
     pub readahead_bytes_max: u64,
     pub trace_slow: Option<Duration>,
+    /// What snapshots being taken may put aside in each store, over all shards.
+    pub staging_bytes: u64,
 }
 
 impl NodeConfig {
@@ -129,6 +131,7 @@ impl NodeConfig {
             // Without sharing the reader would not find what was fetched ahead of it.
             readahead_bytes_max: if config.transfer.share { config.transfer.readahead_bytes_max.0 } else { 0 },
             trace_slow: Some(config.trace_slow.0).filter(|slow| !slow.is_zero()),
+            staging_bytes: config.snapshots.staging_bytes.0,
         })
     }
 }
@@ -210,10 +213,11 @@ fn start_once(config: NodeConfig) -> Result<Node> {
     }
     let bound = listen::bind(&config.listen, shards)?;
     let (journal_dir, journal_exists) = (config.journal_dir.clone(), config.journal_exists);
-    let recovered = on_temporary_executor(async move |platform| match journal_exists {
+    let mut recovered = on_temporary_executor(async move |platform| match journal_exists {
         true => journal::recover_existing(&platform, &journal_dir).await,
         false => journal::recover(&platform, &journal_dir).await,
     })?;
+    recovered.doubt_after_crash();
     let Recovered { epoch, fresh, volumes, files, .. } = recovered;
     let report = RecoveryReport { fresh, epoch: epoch + 1, volumes: volumes.len(), files };
     let shard_map: ShardMap = bound.iter().map(listen::Bound::map_entry).collect();
@@ -323,5 +327,6 @@ fn shard_config(
         fetch_limits: config.fetch_limits.share(shards),
         readahead_bytes_max: config.readahead_bytes_max,
         trace_slow: config.trace_slow,
+        staging_bytes: config.staging_bytes / shards as u64,
     }
 }

@@ -58,6 +58,7 @@ pub struct Config {
     pub hydration: HydrationConfig,
     pub transfer: TransferConfig,
     pub placement: PlacementConfig,
+    pub snapshots: SnapshotConfig,
     pub deadlines: DeadlineConfig,
     pub retries: RetryConfig,
     /// How to reach a bucket.
@@ -93,6 +94,22 @@ pub struct HydrationConfig {
 pub struct PlacementConfig {
     /// What volumes may be promised for each free byte, in stores that say nothing else.
     pub overcommit: Overcommit,
+}
+
+/// Snapshots of volumes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SnapshotConfig {
+    /// What they may read of volumes each second, over the whole node.
+    pub bandwidth: Bandwidth,
+    /// What guests overwrite while a snapshot still needs it may take so much of each store; then the snapshot is given up.
+    pub staging_bytes: ByteSize,
+}
+
+impl Default for SnapshotConfig {
+    fn default() -> SnapshotConfig {
+        SnapshotConfig { bandwidth: Bandwidth(None), staging_bytes: ByteSize(10 << 30) }
+    }
 }
 
 /// How long things may take.
@@ -169,6 +186,7 @@ impl Default for Config {
             hydration: HydrationConfig::default(),
             transfer: TransferConfig::default(),
             placement: PlacementConfig::default(),
+            snapshots: SnapshotConfig::default(),
             deadlines: DeadlineConfig::default(),
             retries: RetryConfig::default(),
             s3: S3Config::default(),

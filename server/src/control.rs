@@ -15,8 +15,11 @@ mod node;
 mod place;
 mod problem;
 mod references;
+mod restoring;
 mod shards;
 mod snapshots;
+mod snapshotting;
+mod taking;
 mod volumes;
 
 use std::future::Future;
@@ -30,6 +33,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
 
 use crate::datadir::Store;
+use crate::object_store::any::StoreChoice;
 use crate::placement::Overcommit;
 use crate::shard::api::Command;
 use crate::types::HydrationRate;
@@ -41,6 +45,7 @@ pub use place::{Measure, Space, measure};
 use problem::Problem;
 use references::References;
 use shards::Shards;
+use snapshotting::Snapshotting;
 
 /// Largest request body: creation requests are a few hundred bytes.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -52,6 +57,10 @@ pub struct Settings {
     pub data: PathBuf,
     /// URL of the object store, for display.
     pub object_store: String,
+    /// How threads that may block open it; `None`: not at all.
+    pub object_store_choice: Option<StoreChoice>,
+    /// What snapshots of volumes read each second; `None`: as much as guests leave.
+    pub snapshot_bandwidth: Option<u64>,
     pub stores: Vec<Store>,
     pub default_rate: HydrationRate,
     /// Of stores that have no ratio of their own.
@@ -78,6 +87,7 @@ struct Inner {
     upkeep_due: tokio::sync::Notify,
     boot_sets: tokio::sync::Mutex<BootSets>,
     batches: Batches,
+    snapshotting: Snapshotting,
     http: Arc<http::Tally>,
 }
 
@@ -94,6 +104,7 @@ impl Control {
             references: tokio::sync::Mutex::new(References::default()),
             upkeep_due: tokio::sync::Notify::new(),
             boot_sets: tokio::sync::Mutex::new(BootSets::default()),
+            snapshotting: Snapshotting::default(),
             http: Arc::default(),
         }))
     }
@@ -140,12 +151,16 @@ impl Control {
             .route("/v1/images", get(snapshots::list))
             .route("/v1/images/{name}", get(snapshots::show))
             .route("/v1/images/{name}/bootset", get(boot_sets::show).put(boot_sets::record).delete(boot_sets::drop_set))
-            .route("/v1/snapshots", get(snapshots::list))
+            .route("/v1/snapshots", get(snapshots::list).post(snapshotting::take))
+            .route("/v1/snapshot-tasks", get(snapshotting::list))
+            .route("/v1/snapshot-tasks/{name}", get(snapshotting::show))
             .route("/v1/snapshots/{name}", get(snapshots::show))
             .route("/v1/volumes", get(volumes::list).post(create::create))
-            .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::set_rate))
+            .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::change))
             .route("/v1/place", post(place::place))
             .route("/v1/volumes/{name}/wait", get(volumes::wait))
+            .route("/v1/volumes/{name}/rollback", post(restoring::roll_back))
+            .route("/v1/volumes/{name}/verify", post(restoring::verify))
             .route("/v1/cache", get(cache::show))
             .route("/v1/cache/images/{name}", delete(cache::drop_image))
             .route("/v1/cache/images/{name}/warm", post(cache::warm))

@@ -1,4 +1,4 @@
-//! Import: a disk image becomes a snapshot.
+//! Import: a disk image, or a volume, becomes a snapshot.
 //!
 //! Threads read, test for zeroes, digest and compress chunks in parallel; the calling thread places them into packs in
 //! device order; one more thread stores the packs. Memory is bounded by the window of [`crate::parallel`] and three packs.
@@ -26,15 +26,19 @@ use crate::platform::blocking::Blocking;
 use crate::snapshot::manifest::check_geometry;
 use crate::snapshot::{CatalogError, Manifest, ManifestError, SnapshotInfo, import_key, manifest_key, marker};
 
+mod device;
 mod known;
 mod packer;
 mod qcow2;
 mod source;
+mod volume;
 mod worker;
 
+pub(crate) use device::{Device, Found};
 use known::KnownChunks;
 use packer::Packer;
 use source::Source;
+pub(crate) use volume::{Begun, Captured, StoredVolume, begin_snapshot};
 
 /// Formats of images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -101,6 +105,8 @@ pub enum ImportError {
     Invalid(String),
     #[error("image {}: {why}", image.display())]
     Image { image: PathBuf, why: String },
+    #[error("volume {volume:?}: {why}")]
+    Volume { volume: String, why: String },
     #[error("snapshot {0:?} exists already: choose another name or delete it first")]
     NameTaken(String),
     #[error("another import of {0:?} is running, or was dropped by 'volley image gc': run it again when no other is")]
@@ -138,7 +144,11 @@ pub fn import<S: ObjectStore + Send + Sync>(
     // The marker first: from here on, garbage collection leaves alone what the listing below finds.
     let begun = begin(store, name)?;
     let known = block_on(KnownChunks::load(store, begun.id))?;
-    let packed = pack_chunks(store, options, &source, &known, begun.id, &progress)?;
+    let plan = Packing { id: begun.id, chunk_bytes: options.chunk_bytes, threads: options.threads };
+    let packed = pack_chunks(store, &plan, &source, &known, &progress).map_err(|e| match e {
+        PackError::Unreadable(chunk, e) => unreadable(&options.image, chunk, &e),
+        PackError::Import(e) => named(e, name),
+    })?;
     if !source.is_unchanged().map_err(|e| image_error(e.to_string()))? {
         return Err(image_error("it was changed while it was read: stop its writer and import again".to_owned()));
     }
@@ -176,50 +186,64 @@ pub fn import<S: ObjectStore + Send + Sync>(
     })
 }
 
+/// How the chunks of a device become packs.
+struct Packing {
+    id: u128,
+    chunk_bytes: u32,
+    threads: Option<usize>,
+}
+
+enum PackError {
+    /// A chunk of the device.
+    Unreadable(u32, io::Error),
+    Import(ImportError),
+}
+
+impl From<ImportError> for PackError {
+    fn from(e: ImportError) -> PackError {
+        PackError::Import(e)
+    }
+}
+
 fn pack_chunks<S: ObjectStore + Send + Sync>(
     store: &S,
-    options: &ImportOptions,
-    source: &Source,
+    plan: &Packing,
+    device: &impl Device,
     known: &KnownChunks,
-    id: u128,
     progress: &impl Fn(u64, u64),
-) -> Result<packer::Packed, ImportError> {
-    let (device_bytes, chunk_bytes) = (source.device_bytes(), options.chunk_bytes);
+) -> Result<packer::Packed, PackError> {
+    let (device_bytes, chunk_bytes) = (device.device_bytes(), plan.chunk_bytes);
     let count = u32::try_from(device_bytes.div_ceil(u64::from(chunk_bytes))).expect("check_geometry");
-    let parallel = Parallel::for_chunks(options.threads, chunk_bytes);
-    let worker = worker::Worker::new(source, known, chunk_bytes);
+    let parallel = Parallel::for_chunks(plan.threads, chunk_bytes);
+    let worker = worker::Worker::new(device, known, chunk_bytes);
     std::thread::scope(|scope| {
-        let mut packer = Packer::start(scope, store, known, id);
+        let mut packer = Packer::start(scope, store, known, plan.id);
         parallel::in_order(
             count,
             parallel,
             |index| worker.process(index),
             |index, result| {
                 let done = ((u64::from(index) + 1) * u64::from(chunk_bytes)).min(device_bytes);
-                let chunk = result.map_err(|e| unreadable(&options.image, index, &e))?;
+                let chunk = result.map_err(|e| PackError::Unreadable(index, e))?;
                 packer.place(chunk)?;
                 progress(done, device_bytes);
                 Ok(())
             },
         )
-        .and_then(|()| packer.finish())
+        .and_then(|()| Ok(packer.finish()?))
     })
-    .map_err(|e| match e {
-        // Pack numbers are fresh, so someone else is storing packs under this import's id.
-        ImportError::Store(ObjectError::AlreadyExists(_)) => ImportError::Interfered(options.name.clone()),
+}
+
+/// Pack numbers are fresh, so if one is taken someone else is storing packs under this import's id.
+fn named(e: ImportError, name: &str) -> ImportError {
+    match e {
+        ImportError::Store(ObjectError::AlreadyExists(_)) => ImportError::Interfered(name.to_owned()),
         e => e,
-    })
+    }
 }
 
 fn unreadable(image: &Path, chunk: u32, error: &io::Error) -> ImportError {
     ImportError::Image { image: image.to_path_buf(), why: format!("cannot read chunk {chunk}: {error}") }
-}
-
-/// An import with its marker in place.
-struct Begun {
-    id: u128,
-    /// This run made the marker.
-    fresh: bool,
 }
 
 /// Refuses a name in use. A marker left behind by the very import that made the snapshot is removed.

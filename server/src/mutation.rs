@@ -83,6 +83,20 @@ pub enum Mutation {
     LentPlacePunched,
     /// Of volumes that want to hydrate the one with the latest deadline is the next.
     LatestDeadlineFirst,
+    /// A guest's write is not counted as a change.
+    ChangeNotNoted,
+    /// What guests changed while a snapshot was taken is forgotten with its commit.
+    ChangesSinceCutForgotten,
+    /// A write does not put aside what a snapshot still needs.
+    WriteOvertakesCapture,
+    /// A snapshot is cut while writes are at the disk.
+    CutDoesNotWaitForWrites,
+    /// A rollback leaves chunks resident that differ.
+    RollbackKeepsResidency,
+    /// A fill that was on its way when the volume was replaced goes on.
+    FillOutlivesItsVolume,
+    /// What had changed is believed after a crash.
+    CrashKeepsLineage,
 }
 
 impl Mutation {
@@ -127,6 +141,20 @@ impl Mutation {
             PlaceBeforeItsBytes,
             LentPlacePunched,
             LatestDeadlineFirst,
+        ]
+    };
+
+    /// Those of snapshots, which have scenarios of their own.
+    pub const OF_SNAPSHOTS: [Mutation; 7] = {
+        use Mutation::*;
+        [
+            ChangeNotNoted,
+            ChangesSinceCutForgotten,
+            WriteOvertakesCapture,
+            CutDoesNotWaitForWrites,
+            RollbackKeepsResidency,
+            FillOutlivesItsVolume,
+            CrashKeepsLineage,
         ]
     };
 }

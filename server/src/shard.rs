@@ -10,7 +10,9 @@ mod base;
 mod batch_totals;
 mod boots;
 mod caching;
+pub mod changes;
 mod commands;
+mod cuts;
 mod datapath;
 mod deadlines;
 mod extents;
@@ -26,7 +28,9 @@ mod manifests;
 pub mod mesh;
 mod near;
 mod priority;
+mod proof;
 pub mod readahead;
+mod replace;
 pub mod residency;
 pub(crate) mod signal;
 pub mod stats;
@@ -115,6 +119,8 @@ pub struct ShardConfig {
     pub boot_window: Duration,
     /// Guest reads that take longer are logged with their stages.
     pub trace_slow: Option<Duration>,
+    /// What snapshots being taken may put aside in each store: this shard's part.
+    pub staging_bytes: u64,
 }
 
 struct Inner<P: Platform, O: ObjectStore> {
@@ -194,7 +200,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let stores = config.stores.iter().map(|store| {
             let share = store.hydration_bandwidth.map(|bytes| (bytes / shares).max(1));
             let fills = FillTurns::new(config.harm.limits(store.hydration_bandwidth, shares), now);
-            Store::new(store.label.clone(), store.path.join("volumes"), TokenBucket::new(share, now), fills)
+            Store::new(store.label.clone(), &store.path, TokenBucket::new(share, now), fills)
         });
         let bases = config.stores.iter().map(|store| {
             let bytes = if config.fetch_limits.share { store.base_bytes / shares } else { 0 };

@@ -40,6 +40,37 @@ pub struct SnapshotRef {
     pub id: u128,
 }
 
+/// What a volume holds, told by a snapshot: its next snapshot stores no more than the difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lineage {
+    /// The snapshot that a chunk equals unless it is `changed`; `None`: zeroes.
+    pub base: Option<SnapshotRef>,
+    pub changed: Changed,
+}
+
+/// Chunks that guests may have changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Changed {
+    /// Any of those that hold data: the node crashed since, or an older version kept no account.
+    Unknown,
+    /// Runs of chunks, first and count, ascending and apart.
+    Runs(Vec<(u32, u32)>),
+}
+
+impl Lineage {
+    /// Of a volume that nobody has written to.
+    #[must_use]
+    pub fn new(snapshot: Option<SnapshotRef>) -> Lineage {
+        Lineage { base: snapshot, changed: Changed::Runs(Vec::new()) }
+    }
+
+    /// Of which nothing is known.
+    #[must_use]
+    pub fn unknown() -> Lineage {
+        Lineage { base: None, changed: Changed::Unknown }
+    }
+}
+
 /// Background hydration of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HydrationRate {
@@ -104,6 +135,7 @@ pub struct VolumeState {
     pub residency: Vec<(u32, ChunkResidency)>,
     /// Every chunk is resident: the snapshot is no longer needed.
     pub hydrated: bool,
+    pub lineage: Lineage,
 }
 
 /// The text form of a batch id in the HTTP API and in listings.

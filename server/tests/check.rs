@@ -18,7 +18,7 @@ use volley_server::journal::{self, Journal, Record};
 use volley_server::object_store::any::StoreChoice;
 use volley_server::object_store::dir::DirStore;
 use volley_server::platform::blocking::Blocking;
-use volley_server::types::{ChunkResidency, HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
+use volley_server::types::{ChunkResidency, HydrationRate, Lineage, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
 
 const CHUNK: u64 = 64 << 10;
 /// The last chunk is short, and ends inside a sector.
@@ -118,7 +118,7 @@ impl Lab {
             true => Vec::new(),
             false => (0..chunks as u32).map(|chunk| (chunk, ChunkResidency::Resident)).collect(),
         };
-        self.volumes.push(VolumeState { spec, generation, residency, hydrated });
+        self.volumes.push(VolumeState { spec, generation, residency, hydrated, lineage: Lineage::new(None) });
     }
 
     /// One journal closed in good order, one as a kill leaves it, with a log behind its checkpoint.

@@ -16,7 +16,7 @@ use volley_server::config::StoreConfig;
 use volley_server::datadir::{DataDir, VOLUMES_DIR};
 use volley_server::journal::{self, CHECKPOINT_LOG_BYTES_MIN, CHECKPOINT_LOG_FACTOR, Journal, Record};
 use volley_server::platform::glommio::Glommio;
-use volley_server::types::{ChunkResidency, HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
+use volley_server::types::{ChunkResidency, HydrationRate, Lineage, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
 
 /// A system disk, half of whose 512 KiB chunks are in the volume.
 const VOLUME_BYTES: u64 = 10 << 30;
@@ -253,7 +253,7 @@ fn state(number: u32) -> VolumeState {
         _ => (chunk, ChunkResidency::Resident),
     };
     let residency = if hydrated { Vec::new() } else { (0..128).map(residency).collect() };
-    VolumeState { spec, generation: 1, residency, hydrated }
+    VolumeState { spec, generation: 1, residency, hydrated, lineage: Lineage::new(None) }
 }
 
 /// Runs a task on an executor of its own, with the server's direct I/O.

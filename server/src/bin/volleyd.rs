@@ -99,12 +99,16 @@ fn run(args: Args) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| format!("can't start the control thread: {e}"))?;
     let mut signals = Signals::install(&runtime)?;
-    let node = NodeConfig::new(&config, &data).and_then(bootstrap::start).map_err(|e| e.to_string())?;
+    let node = NodeConfig::new(&config, &data).map_err(|e| e.to_string())?;
+    let object_store_choice = Some(node.object_store.clone());
+    let node = bootstrap::start(node).map_err(|e| e.to_string())?;
     data.remember_journal().map_err(|e| e.to_string())?;
     let control = Control::new(Settings {
         node_id: data.node_id,
         data: data.path.clone(),
         object_store,
+        object_store_choice,
+        snapshot_bandwidth: config.snapshots.bandwidth.0,
         stores: data.stores.clone(),
         default_rate: config.hydration.default_rate,
         overcommit: config.placement.overcommit,

@@ -21,6 +21,7 @@ pub(super) fn to_toml(config: &Config) -> String {
         hydration,
         transfer,
         placement,
+        snapshots,
         deadlines,
         retries,
         s3,
@@ -117,6 +118,14 @@ price_per_million_gets = {price_per_million_gets}
 # without end. A [[store]] may have its own, and a request that creates volumes too.
 overcommit = "{overcommit}"
 
+# Snapshots of volumes.
+[snapshots]
+# What they may read each second, over the whole node. Guests come first in any case.
+bandwidth = "{snapshot_bandwidth}"
+# What guests overwrite while a snapshot still needs it is put aside, up to so much in each store; beyond it the snapshot is
+# given up, never a guest's write.
+staging_bytes = "{staging_bytes}"
+
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
 guest_read = "{guest_read}"
@@ -151,6 +160,8 @@ corrupt_attempts = {corrupt_attempts}
         readahead_bytes_max = transfer.readahead_bytes_max,
         price_per_million_gets = transfer.price_per_million_gets,
         overcommit = placement.overcommit,
+        snapshot_bandwidth = snapshots.bandwidth,
+        staging_bytes = snapshots.staging_bytes,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,
         deadline = retries.deadline,

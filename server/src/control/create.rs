@@ -292,16 +292,20 @@ fn names(request: &CreateRequest) -> Answer<Vec<String>> {
     Ok(names)
 }
 
-/// Everything that can be said about sizes without the snapshot.
-fn check_shape(request: &CreateRequest) -> Answer<()> {
-    if let Some(size) = request.size_bytes
-        && (size == 0 || size > VOLUME_BYTES_MAX || !size.is_multiple_of(u64::from(LOGICAL_BLOCK_BYTES)))
-    {
+/// Whether a volume may have this size.
+pub(super) fn check_size(size: u64) -> Answer<()> {
+    if size == 0 || size > VOLUME_BYTES_MAX || !size.is_multiple_of(u64::from(LOGICAL_BLOCK_BYTES)) {
         return Err(Problem::invalid(format!(
             "size_bytes: {size} is not a multiple of {LOGICAL_BLOCK_BYTES} between {LOGICAL_BLOCK_BYTES} and {}",
             ByteSize(VOLUME_BYTES_MAX)
         )));
     }
+    Ok(())
+}
+
+/// Everything that can be said about sizes without the snapshot.
+fn check_shape(request: &CreateRequest) -> Answer<()> {
+    request.size_bytes.map_or(Ok(()), check_size)?;
     if let Some(chunk) = request.chunk_bytes
         && (!chunk.is_power_of_two() || !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&chunk))
     {

@@ -54,6 +54,21 @@ impl Shards {
         }
     }
 
+    /// [`Shards::ask`] for a thread that may block.
+    pub(super) fn ask_now<T>(&self, shard: usize, command: impl FnOnce(ReplyTo<T>) -> Command) -> Result<T> {
+        let gone = || Error::new(Status::ShuttingDown, format!("shard {shard} has stopped"));
+        let (reply, answer) = flume::bounded(1);
+        let commands = &self.commands[shard];
+        commands.send(command(reply)).map_err(|_| gone())?;
+        loop {
+            match answer.recv_timeout(GONE_CHECK_PERIOD) {
+                Ok(answered) => return Ok(answered),
+                Err(flume::RecvTimeoutError::Timeout) if !commands.is_disconnected() => {}
+                Err(_) => return Err(gone()),
+            }
+        }
+    }
+
     /// Sends a question; a shard that does not answer soon is an error.
     pub(super) async fn query<T>(&self, shard: usize, command: impl FnOnce(ReplyTo<T>) -> Command) -> Result<T> {
         within(ANSWER_TIMEOUT, &format!("shard {shard}"), self.ask(shard, command)).await

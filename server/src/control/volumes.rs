@@ -54,7 +54,8 @@ pub(super) struct WaitParams {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Change {
-    rate: HydrationRate,
+    rate: Option<HydrationRate>,
+    size_bytes: Option<u64>,
 }
 
 /// A volume, and why it is in its store.
@@ -101,15 +102,25 @@ pub(super) async fn delete(
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) async fn set_rate(
+pub(super) async fn change(
     State(control): State<Control>,
     Segment(name): Segment,
-    Body(Change { rate }): Body<Change>,
+    Body(Change { rate, size_bytes }): Body<Change>,
 ) -> Answer<Json<VolumeStatus>> {
+    if rate.is_none() && size_bytes.is_none() {
+        return Err(Problem::invalid("nothing to change: give rate or size_bytes"));
+    }
     let shards = &control.0.shards;
     let owner = shards.owner_of(&name);
-    let of = name.clone();
-    shards.ask(owner, |reply| Command::SetRate { name: of, rate, reply }).await??;
+    if let Some(size_bytes) = size_bytes {
+        super::create::check_size(size_bytes)?;
+        let of = name.clone();
+        shards.ask(owner, |reply| Command::Grow { name: of, size_bytes, reply }).await??;
+    }
+    if let Some(rate) = rate {
+        let of = name.clone();
+        shards.ask(owner, |reply| Command::SetRate { name: of, rate, reply }).await??;
+    }
     control.volume(name).await.map(Json)
 }
 
@@ -140,7 +151,7 @@ impl Control {
         Ok(volumes)
     }
 
-    async fn volume(&self, name: String) -> Answer<VolumeStatus> {
+    pub(super) async fn volume(&self, name: String) -> Answer<VolumeStatus> {
         let shards = &self.0.shards;
         let owner = shards.owner_of(&name);
         Ok(shards.query(owner, |reply| Command::VolumeStatus { name, reply }).await??)

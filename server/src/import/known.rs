@@ -2,7 +2,7 @@
 
 use hashbrown::HashMap;
 
-use crate::object_store::{ObjectError, ObjectStore};
+use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
 use crate::snapshot::pack::HEADER_BYTES;
 use crate::snapshot::{
     CatalogError, ChunkEntry, Encoding, Manifest, PACK_PREFIX, PackIndex, PackedChunk, catalog, pack_prefix,
@@ -33,6 +33,26 @@ pub(super) struct KnownChunks {
 }
 
 impl KnownChunks {
+    /// What these manifests name, and an earlier run of this import stored.
+    pub(super) async fn of<S: ObjectStore>(
+        store: &S,
+        manifests: &[&Manifest],
+        import_id: u128,
+    ) -> Result<KnownChunks, CatalogError> {
+        let mut known = KnownChunks::default();
+        let mut prefixes = std::collections::BTreeSet::from([pack_prefix(import_id)]);
+        let keys = manifests.iter().flat_map(|manifest| manifest.pack_keys());
+        prefixes.extend(keys.filter_map(|key| parse_pack_key(key)).map(|(id, _)| pack_prefix(id)));
+        let mut listed = Vec::new();
+        for prefix in prefixes {
+            listed.extend(store.list(&prefix).await?);
+        }
+        let sizes: HashMap<&str, u64> = listed.iter().map(|o| (o.key.as_str(), o.size_bytes)).collect();
+        manifests.iter().for_each(|manifest| known.add_manifest(manifest, &sizes));
+        known.add_own_packs(store, &listed, import_id).await?;
+        Ok(known)
+    }
+
     /// Collects what the store holds. Damaged manifests and packs are noted and not used.
     pub(super) async fn load<S: ObjectStore>(store: &S, import_id: u128) -> Result<KnownChunks, CatalogError> {
         let mut known = KnownChunks::default();
@@ -47,16 +67,26 @@ impl KnownChunks {
                 Err(e) => known.notes.push(format!("shares no chunks with a damaged snapshot: {e}")),
             }
         }
+        known.add_own_packs(store, &listed, import_id).await?;
+        Ok(known)
+    }
+
+    async fn add_own_packs<S: ObjectStore>(
+        &mut self,
+        store: &S,
+        listed: &[ObjectMeta],
+        import_id: u128,
+    ) -> Result<(), ObjectError> {
         let prefix = pack_prefix(import_id);
         for object in listed.iter().filter(|o| o.key.starts_with(&prefix)) {
             let Some((id, number)) = parse_pack_key(&object.key) else { continue };
-            known.next_pack = known.next_pack.max(number.saturating_add(1));
+            self.next_pack = self.next_pack.max(number.saturating_add(1));
             match read_index(store, &object.key, object.size_bytes, (id, number)).await? {
-                Ok(chunks) => known.add_pack(&object.key, &chunks),
-                Err(why) => known.notes.push(format!("does not reuse {}: {why}", object.key)),
+                Ok(chunks) => self.add_pack(&object.key, &chunks),
+                Err(why) => self.notes.push(format!("does not reuse {}: {why}", object.key)),
             }
         }
-        Ok(known)
+        Ok(())
     }
 
     pub(super) fn get(&self, digest: &[u8; 32]) -> Option<KnownChunk> {

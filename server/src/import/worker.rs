@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use hashbrown::HashSet;
 
+use super::device::{Device, Found};
 use super::known::{KnownChunk, KnownChunks};
-use super::source::Source;
 use crate::snapshot::chunk::encode_with_digest;
 use crate::snapshot::{EncodedChunk, is_zero};
 
@@ -23,24 +23,35 @@ pub(super) enum Chunk {
     New(EncodedChunk),
 }
 
-pub(super) struct Worker<'a> {
-    source: &'a Source,
+pub(super) struct Worker<'a, D> {
+    device: &'a D,
     known: &'a KnownChunks,
     chunk_bytes: u32,
     /// Digests that some worker has taken on.
     taken: Mutex<HashSet<[u8; 32]>>,
 }
 
-impl<'a> Worker<'a> {
-    pub(super) fn new(source: &'a Source, known: &'a KnownChunks, chunk_bytes: u32) -> Worker<'a> {
-        Worker { source, known, chunk_bytes, taken: Mutex::default() }
+impl<'a, D: Device> Worker<'a, D> {
+    pub(super) fn new(device: &'a D, known: &'a KnownChunks, chunk_bytes: u32) -> Worker<'a, D> {
+        Worker { device, known, chunk_bytes, taken: Mutex::default() }
     }
 
     pub(super) fn process(&self, index: u32) -> io::Result<Chunk> {
         let offset = u64::from(index) * u64::from(self.chunk_bytes);
-        let rest = self.source.device_bytes() - offset;
+        let rest = self.device.device_bytes() - offset;
         let len = u32::try_from(rest).map_or(self.chunk_bytes, |rest| rest.min(self.chunk_bytes));
-        let Some(raw) = self.source.read(offset, len)? else { return Ok(Chunk::Zero) };
+        let raw = match self.device.chunk(index, offset, len)? {
+            Found::Zero => return Ok(Chunk::Zero),
+            Found::Bytes(raw) => raw,
+            Found::Stored(digest) => {
+                let known = self.known.get(&digest).map(|known| Chunk::Known(known, digest));
+                return known.ok_or_else(|| {
+                    io::Error::other(
+                        "the pack of an unchanged chunk is gone from the object store: volley snapshot verify",
+                    )
+                });
+            }
+        };
         if is_zero(&raw) {
             return Ok(Chunk::Zero);
         }

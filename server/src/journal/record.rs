@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use crate::types::{
-    CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, ChunkResidency, HydrationRate, SECTOR_BYTES, SnapshotRef, VolumeId, VolumeSpec,
-    VolumeState,
+    CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Changed, ChunkResidency, HydrationRate, Lineage, SECTOR_BYTES, SnapshotRef,
+    VolumeId, VolumeSpec, VolumeState,
 };
 
 /// One durable fact about a volume. Facts are idempotent: replaying one again changes nothing.
@@ -35,6 +35,13 @@ pub enum Record {
     Hydrated {
         volume: VolumeId,
     },
+    /// A snapshot of the volume was taken: what it holds is told by that one from now on.
+    Lineage {
+        volume: VolumeId,
+        lineage: Lineage,
+    },
+    /// The volume was rolled back or resized: this replaces all that is known of it.
+    Replaced(VolumeState),
 }
 
 /// What a segment file holds: the facts of [`Record`] as they are stored, and what the journal itself writes.
@@ -63,6 +70,18 @@ pub(super) enum Entry {
         partials: Vec<(u32, Box<[u64]>)>,
     },
     Hydrated(VolumeId),
+    /// `continued`: more runs of the record before.
+    Lineage {
+        volume: VolumeId,
+        lineage: Lineage,
+        continued: bool,
+    },
+    /// As `State`, in the log.
+    Replaced {
+        spec: VolumeSpec,
+        generation: u64,
+        hydrated: bool,
+    },
     /// Everything before was synced before the file got its final name. Counts the `State` entries before it.
     CheckpointComplete {
         volumes: u64,
@@ -81,10 +100,15 @@ const RESIDENCY_FIXED_BYTES: usize = 16;
 const RUN_BYTES: usize = 8;
 const PARTIAL_FIXED_BYTES: usize = 8;
 const SPEC_FIXED_BYTES: usize = 68;
+/// Volume id, flags, length of the name, number of runs, snapshot id.
+const LINEAGE_FIXED_BYTES: usize = 32;
+const LINEAGE_RUNS_MAX: usize = 4096;
 /// Names are at most 128 bytes, labels come from a config file: this leaves every spec far inside a record.
 const STRING_BYTES_MAX: usize = 4096;
 
 const _: () = assert!(HEAD_BYTES + 16 + SPEC_FIXED_BYTES + 3 * STRING_BYTES_MAX <= RECORD_BYTES_MAX);
+const _: () =
+    assert!(HEAD_BYTES + LINEAGE_FIXED_BYTES + STRING_BYTES_MAX + LINEAGE_RUNS_MAX * RUN_BYTES <= RECORD_BYTES_MAX);
 const _: () = assert!(
     HEAD_BYTES + RESIDENCY_FIXED_BYTES + PARTIAL_FIXED_BYTES + 8 * PARTIAL_WORDS_MAX + RUN_BYTES <= RECORD_BYTES_MAX
 );
@@ -99,6 +123,8 @@ mod kind {
     pub(super) const HYDRATED: u8 = 7;
     pub(super) const CHECKPOINT_COMPLETE: u8 = 8;
     pub(super) const CLOSED: u8 = 9;
+    pub(super) const LINEAGE: u8 = 10;
+    pub(super) const REPLACED: u8 = 11;
 }
 
 const RATE_UNLIMITED: u8 = 0;
@@ -106,6 +132,9 @@ const RATE_NONE: u8 = 1;
 const RATE_BYTES_PER_SECOND: u8 = 2;
 const FLAG_SNAPSHOT: u8 = 1;
 const FLAG_BATCH: u8 = 2;
+const LINEAGE_HAS_BASE: u16 = 1;
+const LINEAGE_UNKNOWN: u16 = 2;
+const LINEAGE_CONTINUED: u16 = 4;
 
 /// Why bytes inside a batch with a good checksum are not a record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -133,16 +162,23 @@ pub(super) fn encode(record: &Record, sink: &mut impl FnMut(&[u8])) {
         }),
         Record::Residency { volume, chunks } => encode_residency(*volume, chunks, sink),
         Record::Hydrated { volume } => emit(kind::HYDRATED, sink, |body| put_u64(body, volume.0)),
+        Record::Lineage { volume, lineage } => encode_lineage(*volume, lineage, sink),
+        Record::Replaced(state) => encode_whole(kind::REPLACED, state, sink),
     }
 }
 
 /// Encodes the full state of a volume: one `State` record and its residency.
 pub(super) fn encode_state(state: &VolumeState, sink: &mut impl FnMut(&[u8])) {
-    emit(kind::STATE, sink, |body| {
+    encode_whole(kind::STATE, state, sink);
+}
+
+fn encode_whole(kind: u8, state: &VolumeState, sink: &mut impl FnMut(&[u8])) {
+    emit(kind, sink, |body| {
         put_u64(body, state.generation);
         put_u64(body, u64::from(state.hydrated));
         put_spec(body, &state.spec);
     });
+    encode_lineage(state.spec.id, &state.lineage, sink);
     if !state.hydrated {
         encode_residency(state.spec.id, &state.residency, sink);
     }
@@ -165,7 +201,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(Entry, usize), RecordError> {
     let kind = head[4];
     let malformed = |what| RecordError::Malformed { kind, what };
     // The kind first: a newer version may have kinds that are longer than our limit.
-    if !(kind::STATE..=kind::CLOSED).contains(&kind) {
+    if !(kind::STATE..=kind::REPLACED).contains(&kind) {
         return Err(RecordError::UnknownKind(kind));
     }
     if head[5..] != [0; 3] {
@@ -185,14 +221,18 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(Entry, usize), RecordError> {
 
 fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Entry, &'static str> {
     Ok(match kind {
-        kind::STATE => {
+        kind::STATE | kind::REPLACED => {
             let generation = reader.u64()?;
             let hydrated = match reader.u64()? {
                 0 => false,
                 1 => true,
                 _ => return Err("the hydrated flag is neither 0 nor 1"),
             };
-            Entry::State { spec: take_spec(reader)?, generation, hydrated }
+            let spec = take_spec(reader)?;
+            match kind {
+                kind::STATE => Entry::State { spec, generation, hydrated },
+                _ => Entry::Replaced { spec, generation, hydrated },
+            }
         }
         kind::CREATED => Entry::Created(take_spec(reader)?),
         kind::DELETED => Entry::Deleted(VolumeId(reader.u64()?)),
@@ -204,6 +244,7 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Entry, &'static str>
         kind::RESIDENCY => take_residency(reader)?,
         kind::HYDRATED => Entry::Hydrated(VolumeId(reader.u64()?)),
         kind::CHECKPOINT_COMPLETE => Entry::CheckpointComplete { volumes: reader.u64()? },
+        kind::LINEAGE => take_lineage(reader)?,
         _ => Entry::Closed,
     })
 }
@@ -274,6 +315,55 @@ fn encode_residency(volume: VolumeId, chunks: &[(u32, ChunkResidency)], sink: &m
         body.add(*chunk, residency);
     }
     body.emit(volume, sink);
+}
+
+fn encode_lineage(volume: VolumeId, lineage: &Lineage, sink: &mut impl FnMut(&[u8])) {
+    let (runs, unknown): (&[_], _) = match &lineage.changed {
+        Changed::Unknown => (&[], LINEAGE_UNKNOWN),
+        Changed::Runs(runs) => (runs, 0),
+    };
+    let (name, id) = lineage.base.as_ref().map_or(("", 0), |base| (&*base.name, base.id));
+    let has_base = if lineage.base.is_some() { LINEAGE_HAS_BASE } else { 0 };
+    let mut put = |runs: &[(u32, u32)], continued: u16| {
+        emit(kind::LINEAGE, sink, |body| {
+            put_u64(body, volume.0);
+            body.extend_from_slice(&(has_base | unknown | continued).to_le_bytes());
+            body.extend_from_slice(&(name.len() as u16).to_le_bytes());
+            put_u32(body, runs.len() as u32);
+            body.extend_from_slice(&id.to_le_bytes());
+            body.extend_from_slice(name.as_bytes());
+            for (start, len) in runs {
+                put_u32(body, *start);
+                put_u32(body, *len);
+            }
+        });
+    };
+    let (first, rest) = runs.split_at(runs.len().min(LINEAGE_RUNS_MAX));
+    put(first, 0);
+    rest.chunks(LINEAGE_RUNS_MAX).for_each(|runs| put(runs, LINEAGE_CONTINUED));
+}
+
+fn take_lineage(reader: &mut Reader<'_>) -> Result<Entry, &'static str> {
+    let volume = VolumeId(reader.u64()?);
+    let (flags, name_len, run_count) = (reader.u16()?, reader.u16()?, reader.u32()?);
+    let id = u128::from_le_bytes(reader.array()?);
+    let name = reader.text(name_len)?;
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for _ in 0..run_count {
+        let (start, len) = (reader.u32()?, reader.u32()?);
+        let apart = runs.last().is_none_or(|(first, count)| start > first + count);
+        if len == 0 || !apart || start.checked_add(len).is_none() {
+            return Err("runs of changed chunks are empty or out of order");
+        }
+        runs.push((start, len));
+    }
+    let unknown = flags & LINEAGE_UNKNOWN != 0;
+    if flags & !(LINEAGE_HAS_BASE | LINEAGE_UNKNOWN | LINEAGE_CONTINUED) != 0 || (unknown && !runs.is_empty()) {
+        return Err("unknown or contradictory flags of a lineage");
+    }
+    let base = (flags & LINEAGE_HAS_BASE != 0).then_some(SnapshotRef { name, id });
+    let changed = if unknown { Changed::Unknown } else { Changed::Runs(runs) };
+    Ok(Entry::Lineage { volume, lineage: Lineage { base, changed }, continued: flags & LINEAGE_CONTINUED != 0 })
 }
 
 fn take_residency(reader: &mut Reader<'_>) -> Result<Entry, &'static str> {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::record::Entry;
-use crate::types::{ChunkResidency, SECTOR_BYTES, VolumeId, VolumeSpec, VolumeState};
+use crate::types::{Changed, ChunkResidency, Lineage, SECTOR_BYTES, VolumeId, VolumeSpec, VolumeState};
 
 /// Volumes as far as they have been replayed.
 #[derive(Default)]
@@ -27,6 +27,7 @@ struct Volume {
     generation: u64,
     hydrated: bool,
     chunks: BTreeMap<u32, ChunkResidency>,
+    lineage: Lineage,
 }
 
 /// A record that says what cannot be: written by a bug, or not by this journal.
@@ -36,6 +37,8 @@ pub(super) enum ReplayError {
     ChunkOutOfRange { volume: VolumeId, chunk: u64, chunks: u32 },
     #[error("a record of volume {volume} holds a bitmap for chunk {chunk} that does not fit its chunk size")]
     Bitmap { volume: VolumeId, chunk: u32 },
+    #[error("a record of volume {0} goes on with a lineage that was not begun")]
+    Lineage(VolumeId),
     #[error("the checkpoint says it has {said} volumes, but holds {found}")]
     VolumeCount { said: u64, found: u64 },
     #[error("there is a second end of the checkpoint")]
@@ -48,13 +51,20 @@ impl Replay {
         match entry {
             Entry::State { spec, generation, hydrated } => {
                 self.states += 1;
-                self.volumes.insert(spec.id, Volume { spec, generation, hydrated, chunks: BTreeMap::new() });
+                self.volumes.insert(spec.id, Volume::whole(spec, generation, hydrated));
+            }
+            Entry::Replaced { spec, generation, hydrated } => {
+                // A checkpoint that has not reached the volume may never do so: it may know only what was replaced.
+                self.volumes.insert(spec.id, Volume::whole(spec, generation, hydrated));
             }
             Entry::Created(spec) => {
                 // Without a snapshot nothing is to be fetched: all of it is resident, as zeroes. A `Hydrated` that
                 // follows may be in the next batch, which a crash may have taken.
                 let hydrated = spec.snapshot.is_none();
-                let fresh = |spec| Volume { spec, generation: 0, hydrated, chunks: BTreeMap::new() };
+                let fresh = |spec: VolumeSpec| Volume {
+                    lineage: Lineage::new(spec.snapshot.clone()),
+                    ..Volume::whole(spec, 0, hydrated)
+                };
                 self.volumes.entry(spec.id).or_insert_with(|| fresh(spec));
             }
             Entry::Deleted(volume) => drop(self.volumes.remove(&volume)),
@@ -71,6 +81,11 @@ impl Replay {
                 v.hydrated = true;
                 v.chunks.clear();
             }),
+            Entry::Lineage { volume, lineage, continued } => {
+                if let Some(volume) = self.volumes.get_mut(&volume) {
+                    volume.set_lineage(lineage, continued)?;
+                }
+            }
             Entry::CheckpointComplete { .. } if self.complete => return Err(ReplayError::SecondComplete),
             Entry::CheckpointComplete { volumes } if volumes != self.states => {
                 return Err(ReplayError::VolumeCount { said: volumes, found: self.states });
@@ -94,6 +109,34 @@ impl Replay {
 }
 
 impl Volume {
+    /// What a `State` says; nothing is known of its lineage until the record of it.
+    fn whole(spec: VolumeSpec, generation: u64, hydrated: bool) -> Volume {
+        Volume { spec, generation, hydrated, chunks: BTreeMap::new(), lineage: Lineage::unknown() }
+    }
+
+    fn set_lineage(&mut self, lineage: Lineage, continued: bool) -> Result<(), ReplayError> {
+        let (volume, chunks) = (self.spec.id, self.spec.chunks());
+        if let Changed::Runs(runs) = &lineage.changed
+            && let Some((start, len)) = runs.last()
+            && start + len > chunks
+        {
+            return Err(ReplayError::ChunkOutOfRange { volume, chunk: u64::from(start + len) - 1, chunks });
+        }
+        if !continued {
+            self.lineage = lineage;
+            return Ok(());
+        }
+        match (&mut self.lineage, lineage) {
+            (Lineage { base, changed: Changed::Runs(runs) }, Lineage { base: same, changed: Changed::Runs(more) })
+                if *base == same && runs.last().zip(more.first()).is_some_and(|(a, b)| a.0 + a.1 < b.0) =>
+            {
+                runs.extend(more);
+                Ok(())
+            }
+            _ => Err(ReplayError::Lineage(volume)),
+        }
+    }
+
     /// Everything is checked before anything changes.
     fn add_residency(&mut self, runs: &[(u32, u32)], partials: Vec<(u32, Box<[u64]>)>) -> Result<(), ReplayError> {
         let (volume, chunks) = (self.spec.id, self.spec.chunks());
@@ -131,8 +174,8 @@ impl Volume {
     }
 
     fn into_state(self) -> VolumeState {
-        let Volume { spec, generation, hydrated, chunks } = self;
-        VolumeState { spec, generation, residency: chunks.into_iter().collect(), hydrated }
+        let Volume { spec, generation, hydrated, chunks, lineage } = self;
+        VolumeState { spec, generation, residency: chunks.into_iter().collect(), hydrated, lineage }
     }
 }
 

@@ -6,13 +6,15 @@ use std::fmt;
 use std::future::Future;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::cache::{ChunkData, TierStatus};
 use crate::error::Result;
 use crate::histogram::HistogramCounts;
+use crate::shard::changes::ChunkSet;
 use crate::transfer::Digest;
 use crate::transfer::ledger::{Origin, Totals};
-use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
+use crate::types::{HydrationRate, Lineage, SnapshotRef, VolumeId, VolumeSpec};
 
 pub use loads::{BatchOnStore, BatchTotals, StoreLoad, StoreSharing};
 
@@ -219,6 +221,53 @@ pub struct VolumeStatus {
     pub priority_fetches: u64,
 }
 
+/// What the next snapshot of a volume builds on.
+#[derive(Clone, Debug)]
+pub struct VolumeLineage {
+    pub id: VolumeId,
+    pub size_bytes: u64,
+    pub chunk_bytes: u32,
+    /// What absent chunks come from.
+    pub source: Option<SnapshotRef>,
+    pub hydrated: bool,
+    pub attached: bool,
+    pub lineage: Lineage,
+}
+
+/// What a chunk of a volume holds on its disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckedChunk {
+    /// Of the chunk's bytes inside the device; `None`: not all of them are in the volume.
+    pub digest: Option<[u8; 32]>,
+    pub zero: bool,
+    /// Whether guests may have changed it since the base; `None`: nobody knows.
+    pub changed: Option<bool>,
+}
+
+/// A volume to cut.
+#[derive(Clone, Debug)]
+pub struct CutWanted {
+    pub name: String,
+    /// Look at every chunk, whatever is known of changes.
+    pub all: bool,
+    /// Capture this chunk too.
+    pub also: Option<u32>,
+}
+
+/// What belongs to a snapshot of one volume.
+#[derive(Clone, Debug)]
+pub struct CutVolume {
+    pub volume: VolumeId,
+    pub name: String,
+    /// What all other chunks equal: the base, or, where nothing is `known` of changes, the source.
+    pub base: Option<SnapshotRef>,
+    pub known: bool,
+    /// Chunks to capture, each once, in order.
+    pub chunks: Vec<u32>,
+    /// How long its guest was held back.
+    pub stall: Duration,
+}
+
 /// Sender half of a one-shot reply that crosses threads.
 pub type ReplyTo<T> = flume::Sender<T>;
 
@@ -314,6 +363,67 @@ pub enum Command {
     /// small enough. Answered when it has begun.
     PrefetchImage {
         snapshot: SnapshotRef,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// What the next snapshot of a volume builds on.
+    Lineage {
+        name: String,
+        reply: ReplyTo<Result<VolumeLineage>>,
+    },
+    /// First half of a cut: writes to the volumes are held back, and those at the disk have ended. Without the second half they go
+    /// on after a second.
+    Freeze {
+        names: Vec<String>,
+        cut: u64,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// Second half: all of these or none.
+    Cut {
+        wanted: Vec<CutWanted>,
+        cut: u64,
+        reply: ReplyTo<Result<Vec<CutVolume>>>,
+    },
+    /// What a chunk held at the cut; once for each.
+    Capture {
+        volume: VolumeId,
+        cut: u64,
+        chunk: u32,
+        reply: ReplyTo<Result<Vec<u8>>>,
+    },
+    /// Makes a volume equal to a snapshot: what it changed since its base, and what `differs` between the base and the snapshot, is
+    /// absent afterwards. Refused if the base is another one by now, and while the volume is attached, unless `force`, which fences the host.
+    RollBack {
+        name: String,
+        snapshot: SnapshotRef,
+        base: Option<SnapshotRef>,
+        differs: ChunkSet,
+        force: bool,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// What a chunk of a volume holds now.
+    CheckChunk {
+        volume: VolumeId,
+        chunk: u32,
+        reply: ReplyTo<Result<CheckedChunk>>,
+    },
+    /// Puts the content that a chunk should have back into it, unless a guest has written to it.
+    RepairChunk {
+        volume: VolumeId,
+        chunk: u32,
+        content: Vec<u8>,
+        reply: ReplyTo<Result<bool>>,
+    },
+    /// Makes a volume that is not attached longer.
+    Grow {
+        name: String,
+        size_bytes: u64,
+        reply: ReplyTo<Result<()>>,
+    },
+    /// Ends a cut; with the snapshot that it became, or without.
+    EndCut {
+        volume: VolumeId,
+        cut: u64,
+        snapshot: Option<SnapshotRef>,
         reply: ReplyTo<Result<()>>,
     },
     /// The boots recorded since the last time.

@@ -16,6 +16,10 @@ use crate::types::VolumeId;
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) async fn attach(&self, name: &str, resume: Option<u64>, from: ConnectionId) -> Result<Reply> {
         let volume = self.by_name(name)?;
+        if volume.retired.get() {
+            let message = format!("volume {name:?} is being rolled back or resized: try again");
+            return Err(Error::new(Status::Busy, message));
+        }
         match resume {
             Some(generation) => self.resume(&volume, generation, from).await?,
             None => self.attach_fresh(&volume, from).await?,

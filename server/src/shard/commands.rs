@@ -16,7 +16,7 @@ use crate::shard::Shard;
 use crate::shard::api::{Command, ObjectOp, ObjectOpReply, ShardStats, VolumeStatus};
 use crate::shard::signal::within;
 use crate::shard::volume::Volume;
-use crate::types::{HydrationRate, SnapshotRef, VolumeSpec, VolumeState};
+use crate::types::{HydrationRate, Lineage, SnapshotRef, VolumeSpec, VolumeState};
 
 /// Files created at the same time.
 const CREATES_MAX: usize = 32;
@@ -66,6 +66,21 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.use_boot_set(&snapshot, &chunks, prefetch).await));
             }
             Command::PrefetchImage { snapshot, reply } => drop(reply.send(self.prefetch_image(&snapshot).await)),
+            Command::Lineage { name, reply } => drop(reply.send(self.lineage(&name))),
+            Command::Freeze { names, cut, reply } => drop(reply.send(self.freeze(&names, cut).await)),
+            Command::Cut { wanted, cut, reply } => drop(reply.send(self.cut(&wanted, cut))),
+            Command::Capture { volume, cut, chunk, reply } => drop(reply.send(self.capture(volume, cut, chunk).await)),
+            Command::EndCut { volume, cut, snapshot, reply } => {
+                drop(reply.send(self.end_cut(volume, cut, snapshot).await));
+            }
+            Command::RollBack { name, snapshot, base, differs, force, reply } => {
+                drop(reply.send(self.roll_back(&name, snapshot, base.as_ref(), &differs, force).await));
+            }
+            Command::CheckChunk { volume, chunk, reply } => drop(reply.send(self.check_chunk(volume, chunk).await)),
+            Command::RepairChunk { volume, chunk, content, reply } => {
+                drop(reply.send(self.repair_chunk(volume, chunk, content).await));
+            }
+            Command::Grow { name, size_bytes, reply } => drop(reply.send(self.grow(&name, size_bytes).await)),
             Command::TakeBoots { reply } => drop(reply.send(self.take_boots())),
             Command::Objects { op, reply } => drop(reply.send(self.object_op(op).await)),
             Command::Stop { reply } => {
@@ -145,7 +160,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Err(Error::new(Status::Invalid, message));
         }
         let hydrated = manifest.is_none();
-        let state = VolumeState { spec, generation: 0, residency: Vec::new(), hydrated };
+        let lineage = Lineage::new(spec.snapshot.clone());
+        let state = VolumeState { spec, generation: 0, residency: Vec::new(), hydrated, lineage };
         let volume = self.open_volume(state, store)?;
         if let Some(manifest) = manifest {
             volume.set_manifest(manifest, true);
@@ -222,6 +238,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.names.borrow_mut().remove(name);
         self.0.stores[volume.store].queue.borrow_mut().remove(volume.spec.id);
         volume.changed.wake_all();
+        self.drop_staging(&volume).await;
+        volume.changes.borrow_mut().fail("the volume was deleted".to_owned());
         volume.set_aside().await?;
         if !mutation::on(Mutation::DeletionBeforeItsName) {
             // The new name first: a restart that knows nothing of the volume must not find its file under the old one.

@@ -97,8 +97,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     fn check_claim(&self, volume: &Volume<P>, claim: Claim) -> Result<()> {
         let (name, generation, current) = (&*volume.spec.name, claim.generation, volume.generation.get());
-        if volume.deleted.get() {
+        if volume.deleted.get() && !volume.retired.get() {
             return Err(Error::new(Status::UnknownVolume, format!("volume {name:?} was deleted")));
+        }
+        if volume.retired.get() {
+            let message = format!("volume {name:?} is being rolled back or resized: attach it again");
+            return Err(Error::new(Status::StaleGeneration, message));
         }
         if generation < current && !mutation::on(Mutation::StaleGenerationAccepted) {
             self.0.counters.stale_generations.add(1);
@@ -347,8 +351,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             old.extend(self.contents(volume, at, None).await?);
         }
         let mode = if edges.is_empty() { Mode::Shared } else { Mode::Alone };
-        let _locks = volume.locks.lock_all(range.chunks(volume), mode).await;
-        let _writing = Writing::begin(volume);
+        let (_locks, _writing) = self.begin_write(volume, range.chunks(volume), mode).await;
         // While the locks were awaited another host may have attached.
         if !mutation::on(Mutation::ClaimNotCheckedAgain) {
             self.check_claim(volume, claim)?;
@@ -442,8 +445,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let map = volume.map.borrow();
             map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1)
         };
-        let _locks = volume.locks.lock_all(chunks, Mode::Shared).await;
-        let _writing = Writing::begin(volume);
+        let (_locks, _writing) = self.begin_write(volume, chunks, Mode::Shared).await;
         self.check_claim(volume, claim)?;
         if !mutation::on(Mutation::ZeroWithoutPunch) {
             volume.zero_sectors(sectors).await?;
@@ -470,10 +472,10 @@ fn find(contents: &[(u32, Content)], chunk: u32) -> &Content {
 }
 
 /// A guest write in its I/O phase.
-struct Writing<'a, P: Platform>(&'a Volume<P>);
+pub(super) struct Writing<'a, P: Platform>(&'a Volume<P>);
 
 impl<'a, P: Platform> Writing<'a, P> {
-    fn begin(volume: &'a Volume<P>) -> Self {
+    pub(super) fn begin(volume: &'a Volume<P>) -> Self {
         volume.writing.set(volume.writing.get() + 1);
         Writing(volume)
     }

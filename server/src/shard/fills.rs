@@ -264,7 +264,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Fills when its turn has come, also what is in the base and has to be copied after all.
     pub(super) async fn fill(&self, volume: &Rc<Volume<P>>, fill: Fill, turn: FillTurn) -> Result<()> {
         match fill {
-            Fill::Zero(chunk) => volume.fill_zero(chunk..=chunk).await,
+            Fill::Zero(chunk) => {
+                volume.fill_zero(chunk..=chunk).await?;
+                self.note_dirty(volume);
+                Ok(())
+            }
             Fill::Data(chunk, fetched) => self.fill_data(volume, chunk, &fetched.data, turn).await,
             Fill::Run(first, places) => {
                 if self.share(volume, first, &places, turn).await {

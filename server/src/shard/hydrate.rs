@@ -7,7 +7,7 @@
 //! exponential back-off; the others go on.
 
 use std::cell::{Cell, RefCell};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,6 +79,9 @@ pub struct Store {
     pub label: Arc<str>,
     /// Directory of the volume files.
     pub volumes_dir: PathBuf,
+    /// Directory of what snapshots being taken still need.
+    pub staging_dir: PathBuf,
+    pub staged_bytes: Cell<u64>,
     /// This shard's part of the fixed hydration share, in bytes.
     pub budget: RefCell<TokenBucket>,
     pub(super) fills: FillTurns,
@@ -96,10 +99,12 @@ pub struct Store {
 }
 
 impl Store {
-    pub fn new(label: Arc<str>, volumes_dir: PathBuf, budget: TokenBucket, fills: FillTurns) -> Store {
+    pub fn new(label: Arc<str>, path: &Path, budget: TokenBucket, fills: FillTurns) -> Store {
         Store {
             label,
-            volumes_dir,
+            volumes_dir: path.join("volumes"),
+            staging_dir: path.join("staging"),
+            staged_bytes: Cell::default(),
             budget: RefCell::new(budget),
             fills,
             guest_io: Moved::default(),

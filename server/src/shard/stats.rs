@@ -67,6 +67,7 @@ counters! {
     corrupt_chunks: "Chunks that failed their digest and were dropped.",
     filled_chunks: "Chunks written into volumes by hydration.",
     filled_bytes: "Bytes written into volumes by hydration.",
+    staged_chunks: "Chunks put aside for a snapshot because a guest wrote to them first.",
     fills_deferred: "Fills of read misses put off because hydration of the store was at its limit.",
     boots_recorded: "First boots of volumes whose touched chunks were recorded.",
     boot_chunks_prefetched: "Chunks of boot sets, and of the images of waves, fetched into the cache before anybody asked.",
@@ -86,6 +87,7 @@ pub struct StageTimes {
     read_ram: Histogram,
     read_disk: Histogram,
     read_object_store: Histogram,
+    cut: Histogram,
 }
 
 impl StageTimes {
@@ -94,6 +96,11 @@ impl StageTimes {
         self.queue.add(story.queue);
         self.transfer.add(story.transfer);
         self.verify.add(story.verify);
+    }
+
+    /// Guests of a volume were held back so long for a snapshot.
+    pub fn cut(&self, stall: Duration) {
+        self.cut.add(stall);
     }
 
     /// A guest's read found chunks absent; `tier` is the slowest that it waited for.
@@ -114,6 +121,7 @@ impl StageTimes {
             ("fetch_stage_seconds{stage=\"queue\"}", FETCH, self.queue.snapshot()),
             ("fetch_stage_seconds{stage=\"transfer\"}", FETCH, self.transfer.snapshot()),
             ("fetch_stage_seconds{stage=\"verify\"}", FETCH, self.verify.snapshot()),
+            ("snapshot_stall_seconds", "How long a snapshot held guests' writes back.", self.cut.snapshot()),
             ("guest_read_miss_seconds{tier=\"ram\"}", READ, self.read_ram.snapshot()),
             ("guest_read_miss_seconds{tier=\"disk\"}", READ, self.read_disk.snapshot()),
             ("guest_read_miss_seconds{tier=\"object_store\"}", READ, self.read_object_store.snapshot()),

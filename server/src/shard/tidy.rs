@@ -45,7 +45,18 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 _ => {}
             }
         }
+        self.drop_stale_staging(store).await;
         Ok(())
+    }
+
+    /// Snapshots that a stop or a crash cut short are not gone on with.
+    async fn drop_stale_staging(&self, store: &Store) {
+        for entry in self.0.platform.list_dir(&store.staging_dir).await.unwrap_or_default() {
+            let id = entry.name.strip_suffix(".raw").and_then(|stem| u64::from_str_radix(stem, 16).ok()).map(VolumeId);
+            if id.is_some_and(|id| id.owner(self.0.config.shards) == self.0.config.shard) {
+                drop(self.0.platform.remove_file(&store.staging_dir.join(&entry.name)).await);
+            }
+        }
     }
 
     /// Nothing was ever written to it: the journal does not know it because its creation was not finished.

@@ -111,7 +111,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let creating = || self.0.creating.borrow().clone().into_iter();
             let creating = || creating().filter(|_| !mutation::on(Mutation::CheckpointForgetsCreating));
             let list = || self.volumes().into_iter().chain(creating());
-            volumes.get_or_insert_with(list).find(|v| !v.deleted.get()).map(|v| v.durable_state())
+            volumes.get_or_insert_with(list).find(|v| !v.is_gone()).map(|v| v.durable_state())
         };
         let written = self.0.journal.checkpoint(next).await;
         match &written {

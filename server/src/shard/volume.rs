@@ -14,9 +14,10 @@ use crate::budget::{RateMeter, TokenBucket};
 use crate::error::{Error, Result, Status};
 use crate::journal::{Journal, Record};
 use crate::mutation::{self, Mutation};
-use crate::platform::{File, OpenMode, Platform};
+use crate::platform::{File, OpenMode, Platform, Time};
 use crate::shard::api::ConnectionId;
 use crate::shard::boots::Recording;
+use crate::shard::changes::Changes;
 use crate::shard::hydrate::{Hydration, ZERO_RUN_CHUNKS_MAX};
 use crate::shard::locks::ChunkLocks;
 use crate::shard::readahead::ReadAhead;
@@ -71,6 +72,21 @@ pub struct Volume<P: Platform> {
     /// Its first boot, while that is recorded.
     pub recording: RefCell<Option<Recording>>,
     pub counters: VolumeCounters,
+    pub changes: RefCell<Changes>,
+    /// The snapshot whose cut holds guests' writes back, and since when.
+    pub frozen: Cell<Option<u64>>,
+    pub frozen_at: Cell<Time>,
+    pub thawed: Signal,
+    /// The volume is being replaced: guests and fills have to end.
+    pub retired: Cell<bool>,
+    /// By this, once the journal may know it.
+    pub replacement: RefCell<Option<Rc<Volume<P>>>>,
+    /// Fills in their I/O phase.
+    pub filling: Cell<u32>,
+    pub fills_done: Signal,
+    /// Old content of chunks that a snapshot still needs.
+    pub staging: RefCell<Option<P::File>>,
+    pub staging_opening: futures::lock::Mutex<()>,
     /// On whose account its chunks are fetched.
     pub account: Rc<Account>,
     manifest: RefCell<Option<Arc<Manifest>>>,
@@ -104,7 +120,7 @@ impl<P: Platform> Volume<P> {
         store: usize,
         account: Rc<Account>,
     ) -> Result<Volume<P>> {
-        let VolumeState { spec, generation, residency, hydrated } = state;
+        let VolumeState { spec, generation, residency, hydrated, lineage } = state;
         let now = platform.now();
         // Half the range apart from any earlier life's version.
         let mut map = ResidencyMap::new(spec.size_bytes, spec.chunk_bytes, platform.random_u64() >> 1);
@@ -148,6 +164,16 @@ impl<P: Platform> Volume<P> {
             streams: RefCell::default(),
             recording: RefCell::default(),
             counters: VolumeCounters::default(),
+            changes: RefCell::new(Changes::new(lineage)),
+            frozen: Cell::default(),
+            frozen_at: Cell::new(now),
+            thawed: Signal::default(),
+            retired: Cell::default(),
+            replacement: RefCell::default(),
+            filling: Cell::default(),
+            fills_done: Signal::default(),
+            staging: RefCell::default(),
+            staging_opening: futures::lock::Mutex::new(()),
             account,
             manifest: RefCell::new(None),
             platform: platform.clone(),
@@ -194,11 +220,20 @@ impl<P: Platform> Volume<P> {
 
     /// For a checkpoint: every fact whose record was appended so far, and none whose data is not synced.
     pub fn durable_state(&self) -> VolumeState {
+        if let Some(replacement) = &*self.replacement.borrow() {
+            return replacement.durable_state();
+        }
         let hydrated =
             self.hydrated.get() || (self.synced_in_this_life.get() && self.map.borrow().is_full_and_durable());
         let zeroes = self.synced_in_this_life.get();
         let residency = if hydrated { Vec::new() } else { self.map.borrow().durable(zeroes) };
-        VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated }
+        let lineage = self.changes.borrow().lineage();
+        VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated, lineage }
+    }
+
+    /// Deleted, also under a later life of it.
+    pub fn is_gone(&self) -> bool {
+        self.replacement.borrow().as_ref().map_or(self.deleted.get(), |replacement| replacement.is_gone())
     }
 
     fn file_len(&self) -> u64 {
@@ -305,6 +340,18 @@ impl<P: Platform> Volume<P> {
             return Err(Error::new(Status::Io, message));
         }
         Ok(buf)
+    }
+
+    /// Puts whole sectors into another file at the same place: shared where `shares` and the filesystem can.
+    pub async fn copy_out(&self, range: SectorRange, to: &P::File, shares: bool) -> Result<()> {
+        let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
+        if shares && to.clone_range(offset, &self.file().await?, offset, len).await.is_ok() {
+            return Ok(());
+        }
+        let read = self.read_sectors(range).await?;
+        let mut buf = self.platform.alloc(read.len());
+        buf.copy_from_slice(&read);
+        to.write_at(offset, buf).await.map_err(|e| self.io_error("stage", &e))
     }
 
     /// Sectors of the range for which the file stores anything, in order: at most `max` runs. Of what lies behind the last
@@ -437,6 +484,28 @@ impl<P: Platform> Volume<P> {
             self.note_change();
         }
         Ok(())
+    }
+
+    /// Nobody knows whether a restart will find this volume or the one that was to replace it.
+    pub fn refuse_writes(&self, error: &Error) {
+        let message = format!("{}; the volume takes no writes until volleyd is restarted", error.message);
+        *self.poisoned.borrow_mut() = Some(Error::new(error.status, message));
+    }
+
+    /// Ends a replacement. One that failed before the journal could know of it changed nothing.
+    pub fn end_retirement(&self, replaced: bool) {
+        if !replaced && self.replacement.borrow().is_none() {
+            self.retired.set(false);
+            self.thawed.wake_all();
+        }
+    }
+
+    /// Makes the file longer, durably: the new part is a hole.
+    pub async fn grow_file(&self, size_bytes: u64) -> Result<()> {
+        let file = self.file().await?;
+        let grown = file.set_len(size_bytes.next_multiple_of(SECTOR)).await;
+        let grown = if grown.is_ok() { file.datasync().await } else { grown };
+        grown.map_err(|e| self.io_error("grow", &e))
     }
 
     fn poison(&self, error: &std::io::Error) -> Error {

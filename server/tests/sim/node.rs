@@ -201,7 +201,8 @@ impl Node {
     /// Recovers the journals and starts the shards, in the order of a real start.
     pub async fn start(sim: &Sim, objects: &SimObjects, settings: NodeSettings) -> Result<Node> {
         let dir = Path::new(JOURNAL);
-        let recovered: Recovered = recover(sim, dir).await?;
+        let mut recovered: Recovered = recover(sim, dir).await?;
+        recovered.doubt_after_crash();
         let epoch = recovered.epoch + 1;
         let mut parts: Vec<Vec<VolumeState>> = vec![Vec::new(); settings.shards];
         for state in recovered.volumes {
@@ -304,6 +305,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
         fetch_limits: QueueLimits::default(),
         readahead_bytes_max: settings.readahead_bytes_max,
         trace_slow: None,
+        staging_bytes: 1 << 30,
     }
 }
 

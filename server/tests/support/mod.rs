@@ -14,7 +14,9 @@ use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, H
 use volley_server::shard::harm::HarmConfig;
 use volley_server::shard::mesh::Mesh;
 use volley_server::shard::{Shard, ShardConfig, StoreConfig};
-use volley_server::snapshot::{ChunkEntry, Manifest, PackBuilder, SnapshotInfo, encode_chunk, manifest_key, pack_key};
+use volley_server::snapshot::{
+    ChunkEntry, Manifest, PackBuilder, SnapshotInfo, encode_chunk, is_zero, manifest_key, pack_key,
+};
 use volley_server::transfer::ledger::Totals;
 use volley_server::transfer::{QueueLimits, RetryPolicy};
 use volley_server::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
@@ -51,12 +53,8 @@ pub fn prefetch(volume: &AttachInfo, offset: u64, len: u64, until: FetchUntil) -
 pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zero_every: u32, seed: u64) -> Image {
     let mut rng = SimRng::new(seed);
     let mut content = vec![0_u8; (chunks * CHUNK) as usize - short_by];
-    let id = u128::from(seed) + 1;
-    let mut pack = PackBuilder::new(id, 0);
-    let mut entries = Vec::new();
     for (i, chunk) in content.chunks_mut(CHUNK as usize).enumerate() {
         if zero_every > 0 && (i as u32).is_multiple_of(zero_every) {
-            entries.push(ChunkEntry::Zero);
             continue;
         }
         match rng.coin() {
@@ -64,6 +62,19 @@ pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zer
             false => chunk.fill(rng.next_u64() as u8 | 1),
         }
         chunk[..8].copy_from_slice(&(i as u64 + 1).to_le_bytes());
+    }
+    image_of(objects, name, &content, u128::from(seed) + 1)
+}
+
+/// Makes a snapshot of this content.
+pub fn image_of(objects: &SimObjects, name: &str, content: &[u8], id: u128) -> Image {
+    let mut pack = PackBuilder::new(id, 0);
+    let mut entries = Vec::new();
+    for chunk in content.chunks(CHUNK as usize) {
+        if is_zero(chunk) {
+            entries.push(ChunkEntry::Zero);
+            continue;
+        }
         let encoded = encode_chunk(chunk, 1);
         let offset = u64::from(pack.push(&encoded));
         let (stored_len, encoding, digest) = (encoded.stored.len() as u32, encoded.encoding, encoded.digest);
@@ -80,7 +91,7 @@ pub fn image(objects: &SimObjects, name: &str, chunks: u32, short_by: usize, zer
     let manifest = Manifest::new(info, vec![pack_key(id, 0)], &entries).expect("a valid manifest");
     objects.insert(&pack_key(id, 0), pack.finish());
     objects.insert(&manifest_key(name), manifest.encode());
-    Image { snapshot: SnapshotRef { name: name.into(), id }, content }
+    Image { snapshot: SnapshotRef { name: name.into(), id }, content: content.to_vec() }
 }
 
 #[derive(Clone)]
@@ -97,6 +108,7 @@ pub struct Options {
     pub retry: RetryPolicy,
     pub fetch_limits: QueueLimits,
     pub readahead_bytes_max: u64,
+    pub staging_bytes: u64,
 }
 
 impl Default for Options {
@@ -115,6 +127,7 @@ impl Default for Options {
             retry: RetryPolicy::default(),
             fetch_limits: QueueLimits::default(),
             readahead_bytes_max: 0,
+            staging_bytes: 1 << 30,
         }
     }
 }
@@ -139,7 +152,8 @@ impl Node {
         for made in [STORE, "/node", "/"] {
             platform.sync_dir(Path::new(made)).await.map_err(io)?;
         }
-        let recovered = journal::recover(&platform, Path::new(JOURNAL)).await?;
+        let mut recovered = journal::recover(&platform, Path::new(JOURNAL)).await?;
+        recovered.doubt_after_crash();
         let epoch = recovered.epoch + 1;
         let config = ShardConfig {
             shard: 0,
@@ -163,6 +177,7 @@ impl Node {
             fetch_limits: options.fetch_limits,
             readahead_bytes_max: options.readahead_bytes_max,
             trace_slow: None,
+            staging_bytes: options.staging_bytes / options.shards as u64,
         };
         let mut journals = Vec::new();
         let mut parts = Vec::new();

@@ -12,7 +12,7 @@ use volley_server::error::{Result, Status};
 use volley_server::journal::{Journal, Record, Recovered, commit_epoch, recover};
 use volley_server::platform::sim::{Sim, SimWorld};
 use volley_server::platform::{File, OpenMode, Platform};
-use volley_server::types::{ChunkResidency, HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
+use volley_server::types::{ChunkResidency, HydrationRate, Lineage, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
 
 use super::assert_one_line;
 use super::measure::within;
@@ -345,7 +345,13 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
         batch: snapshot.then_some(9),
         created_unix_ms: 1_700_000_000_000,
     };
-    let state = |id, hydrated, residency| VolumeState { spec: spec(id, true), generation: 2, residency, hydrated };
+    let state = |id, hydrated, residency| VolumeState {
+        spec: spec(id, true),
+        generation: 2,
+        residency,
+        hydrated,
+        lineage: Lineage::new(None),
+    };
     let partial = |word: u64| ChunkResidency::Partial([word].into());
     let (volume, whole) = (VolumeId(1), ChunkResidency::Resident);
     let residency = |chunks| Record::Residency { volume, chunks };

@@ -13,8 +13,10 @@ use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, read};
 
 use super::{CliError, CliResult, Globals, Table, objects, print_json, print_line};
 use crate::units::{format_duration, format_size, parse_size};
-use progress::Progress;
+pub(super) use create::take as take_snapshot;
+pub(super) use progress::Progress;
 
+mod create;
 mod export;
 mod progress;
 
@@ -31,6 +33,8 @@ const WEAKER_STORE: &str = "the object store does not honour If-None-Match: do n
 pub enum ImageCommand {
     /// Make a snapshot from a raw or qcow2 image. An interrupted import goes on where it stopped when run again.
     Import(ImportArgs),
+    /// Take a snapshot of a volume, or of several at one moment, while guests use them. Asks the server.
+    Create(create::CreateArgs),
     /// List the snapshots of the object store.
     List,
     /// Show one snapshot.
@@ -107,6 +111,7 @@ impl ParallelArgs {
 pub fn run(globals: &Globals, command: ImageCommand) -> CliResult {
     match command {
         ImageCommand::Import(args) => import(globals, args),
+        ImageCommand::Create(args) => create::run(globals, &args),
         ImageCommand::List => list(globals),
         ImageCommand::Show { name } => show(globals, &name),
         ImageCommand::Verify { name, parallel } => verify(globals, &name, &parallel),
@@ -365,7 +370,7 @@ impl From<ImportError> for CliError {
             ImportError::Catalog(e) => return e.into(),
             ImportError::Invalid(_) | ImportError::Image { .. } | ImportError::Manifest(_) => "invalid",
             ImportError::NameTaken(_) => "name_taken",
-            ImportError::Interfered(_) => "conflict",
+            ImportError::Interfered(_) | ImportError::Volume { .. } => "conflict",
             ImportError::Marker(_) => "corrupt",
             ImportError::Store(_) => "object_store",
         };

@@ -1,5 +1,6 @@
 //! `volley volume …`: create, list, show, delete volumes, change their rate, and wait for their hydration.
 
+mod restore;
 mod wait;
 
 use std::time::{Duration, Instant};
@@ -50,6 +51,19 @@ pub enum VolumeCommand {
         /// unlimited, none or bytes per second, e.g. 200MiB/s.
         rate: HydrationRate,
     },
+    /// Make a volume equal to a snapshot again. It can be attached at once; what differs hydrates, what is touched first.
+    Rollback(restore::RollbackArgs),
+    /// Make another volume of what a volume holds now, through a snapshot.
+    Clone(restore::CloneArgs),
+    /// Make a volume longer that no host has attached; the new part reads as zeroes.
+    Resize {
+        name: String,
+        /// New size of the device, e.g. 20GiB.
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
+    /// Read a volume from its disk and hold it against the snapshot it builds on. Exit code 1 if anything is damaged.
+    Verify(restore::VerifyArgs),
     /// Change settings of volumes.
     Set {
         #[arg(required = true)]
@@ -135,6 +149,12 @@ pub fn run(globals: &Globals, command: VolumeCommand) -> CliResult {
         VolumeCommand::Delete { names, force } => delete(&api, globals, &names, force),
         VolumeCommand::Wait { names, timeout, hydrated: _ } => wait::run(&api, globals, &names, timeout),
         VolumeCommand::Rate { name, rate } => set_rate(&api, globals, &[name], rate),
+        VolumeCommand::Rollback(args) => restore::roll_back(&api, globals, &args),
+        VolumeCommand::Clone(args) => restore::clone(&api, globals, &args),
+        VolumeCommand::Resize { name, size } => for_each(globals, &[name], "resized", |name| {
+            api.patch(&format!("/v1/volumes/{}", segment(name)?), &json!({"size_bytes": size}))
+        }),
+        VolumeCommand::Verify(args) => restore::verify(&api, globals, &args),
         VolumeCommand::Set { names, rate } => set_rate(&api, globals, &names, rate),
     }
 }

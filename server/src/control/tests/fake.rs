@@ -104,6 +104,8 @@ impl Node {
             node_id: NODE_ID,
             data: dir.path().to_path_buf(),
             object_store: "file:/objects".to_string(),
+            object_store_choice: None,
+            snapshot_bandwidth: None,
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
             overcommit: Overcommit::default(),
@@ -350,6 +352,13 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         }
         Command::UseBootSet { reply, .. } | Command::PrefetchImage { reply, .. } => drop(reply.send(Ok(()))),
         Command::TakeBoots { reply } => drop(reply.send(Vec::new())),
+        Command::Lineage { reply, name } => drop(reply.send(Err(unknown(&name)))),
+        Command::Freeze { reply, .. } | Command::EndCut { reply, .. } => drop(reply.send(Ok(()))),
+        Command::RollBack { reply, .. } | Command::Grow { reply, .. } => drop(reply.send(Ok(()))),
+        Command::Cut { reply, .. } => drop(reply.send(Ok(Vec::new()))),
+        Command::Capture { reply, .. } => drop(reply.send(Ok(Vec::new()))),
+        Command::CheckChunk { reply, .. } => drop(reply.send(Err(unknown("")))),
+        Command::RepairChunk { reply, .. } => drop(reply.send(Ok(false))),
         Command::Objects { .. } | Command::SetDeadline { .. } | Command::Stop { .. } => {
             unreachable!("handled by the caller")
         }

@@ -16,7 +16,7 @@ use super::harness::{Call, TestPlatform, run, yield_once};
 use super::model::{partial, spec};
 use crate::error::Status;
 use crate::platform::Platform;
-use crate::types::{ChunkResidency, VolumeState};
+use crate::types::{ChunkResidency, Lineage, VolumeState};
 
 const MIB: u64 = 1 << 20;
 
@@ -27,7 +27,7 @@ fn scattered(index: u64, chunks: u32) -> VolumeState {
     spec.snapshot = Some(crate::types::SnapshotRef { name: "debian-12".into(), id: 1 });
     let bitmap = partial(&spec, (0..1024).step_by(2));
     let residency = (0..chunks).map(|chunk| (chunk, bitmap.clone())).collect();
-    VolumeState { spec, generation: 0, residency, hydrated: false }
+    VolumeState { spec, generation: 0, residency, hydrated: false, lineage: Lineage::new(None) }
 }
 
 async fn disk_bytes(platform: &TestPlatform, dir: &Path) -> u64 {
@@ -166,7 +166,8 @@ fn records_that_can_not_be_written_are_refused_beyond_a_bound() {
         let whole = ChunkResidency::Resident;
         let lsn = journal.append(&Record::Residency { volume: state.spec.id, chunks: vec![(0, whole.clone())] });
         journal.commit(lsn).await.expect("commit");
-        let mut expected = state;
+        let lineage = Lineage::new(state.spec.snapshot.clone());
+        let mut expected = VolumeState { lineage, ..state };
         expected.residency[0].1 = whole;
         assert!(recovered(&platform, &dir).await == [expected]);
     });

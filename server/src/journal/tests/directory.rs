@@ -7,10 +7,16 @@ use super::harness::{Call, TestPlatform, run};
 use super::model::spec;
 use crate::error::Status;
 use crate::platform::{File, OpenMode, Platform};
-use crate::types::VolumeState;
+use crate::types::{Lineage, VolumeState};
 
 fn state(index: u64) -> VolumeState {
-    VolumeState { spec: spec(index), generation: index, residency: Vec::new(), hydrated: false }
+    VolumeState {
+        spec: spec(index),
+        generation: index,
+        residency: Vec::new(),
+        hydrated: false,
+        lineage: Lineage::new(None),
+    }
 }
 
 /// A node with two shards in epoch 1: volume 0 on shard 0, volume 1 on shard 1.

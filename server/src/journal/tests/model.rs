@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::super::Record;
-use crate::types::{ChunkResidency, HydrationRate, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
+use crate::types::{Changed, ChunkResidency, HydrationRate, Lineage, SnapshotRef, VolumeId, VolumeSpec, VolumeState};
 
 /// Volume `index` of a test: 64 KiB chunks (16 sectors) or 4 MiB ones, a device that ends inside a chunk and a sector.
 pub(super) fn spec(index: u64) -> VolumeSpec {
@@ -41,6 +41,7 @@ struct Volume {
     generation: u64,
     hydrated: bool,
     sectors: BTreeSet<(u32, u32)>,
+    lineage: Lineage,
 }
 
 /// What a shard does, without a journal.
@@ -59,6 +60,10 @@ pub(super) enum Change {
     Chunks(u64, u32, u32),
     Sectors(u64, u32, u32, u32),
     Hydrated(u64),
+    /// A snapshot with this number was taken; after it these chunks were changed.
+    Snapshot(u64, u64, BTreeSet<u32>),
+    /// Rolled back to a snapshot with this number; of the chunks this one stays.
+    Replace(u64, u64, u32),
 }
 
 pub(super) fn change() -> impl Strategy<Value = Change> {
@@ -71,7 +76,10 @@ pub(super) fn change() -> impl Strategy<Value = Change> {
         (id.clone(), 0..4u32, 1..5u32).prop_map(|(id, chunk, len)| Change::Chunks(id, chunk, len)),
         (id.clone(), 0..4u32, 0..16u32, 1..16u32).prop_map(|(id, c, sector, n)| Change::Sectors(id, c, sector, n)),
         (id.clone(), 0..4u32, 0..16u32, 1..16u32).prop_map(|(id, c, sector, n)| Change::Sectors(id, c, sector, n)),
-        id.prop_map(Change::Hydrated),
+        id.clone().prop_map(Change::Hydrated),
+        (id.clone(), 0..9u64, proptest::collection::btree_set(0..4u32, 0..4))
+            .prop_map(|(id, number, chunks)| Change::Snapshot(id, number, chunks)),
+        (id, 0..9u64, 0..4u32).prop_map(|(id, number, chunk)| Change::Replace(id, number, chunk)),
     ]
 }
 
@@ -81,7 +89,8 @@ impl Model {
         match *change {
             Change::Create(id) => {
                 let hydrated = spec(id).snapshot.is_none();
-                let fresh = Volume { spec: spec(id), generation: 0, hydrated, sectors: BTreeSet::new() };
+                let lineage = Lineage::new(spec(id).snapshot);
+                let fresh = Volume { spec: spec(id), generation: 0, hydrated, sectors: BTreeSet::new(), lineage };
                 self.volumes.entry(id).or_insert(fresh);
                 Some(Record::Created(spec(id)))
             }
@@ -113,6 +122,20 @@ impl Model {
                 v.hydrated = true;
                 Record::Hydrated { volume: v.spec.id }
             }),
+            Change::Snapshot(id, number, ref changed) => self.on(id, |v| {
+                let base = (number > 0).then(|| SnapshotRef { name: format!("s{number}").into(), id: number.into() });
+                let runs = changed.iter().map(|chunk| (*chunk, 1)).collect::<Vec<_>>();
+                v.lineage = Lineage { base, changed: Changed::Runs(joined(runs)) };
+                Record::Lineage { volume: v.spec.id, lineage: v.lineage.clone() }
+            }),
+            Change::Replace(id, number, chunk) => self.on(id, |v| {
+                let snapshot = SnapshotRef { name: format!("s{number}").into(), id: number.into() };
+                v.spec.snapshot = Some(snapshot.clone());
+                v.lineage = Lineage::new(Some(snapshot));
+                v.hydrated = false;
+                v.sectors.retain(|(c, _)| *c == chunk);
+                Record::Replaced(v.state())
+            }),
         }
     }
 
@@ -139,14 +162,26 @@ impl Model {
     }
 }
 
+/// Runs that touch are one.
+fn joined(runs: Vec<(u32, u32)>) -> Vec<(u32, u32)> {
+    let mut all: Vec<(u32, u32)> = Vec::new();
+    for (start, len) in runs {
+        match all.last_mut() {
+            Some(last) if last.0 + last.1 == start => last.1 += len,
+            _ => all.push((start, len)),
+        }
+    }
+    all
+}
+
 impl Volume {
     fn add(&mut self, chunk: u32, sectors: impl IntoIterator<Item = u32>) {
         self.sectors.extend(sectors.into_iter().map(|sector| (chunk, sector)));
     }
 
     fn from_state(state: &VolumeState) -> Volume {
-        let VolumeState { spec, generation, hydrated, residency } = state.clone();
-        let mut volume = Volume { spec, generation, hydrated, sectors: BTreeSet::new() };
+        let VolumeState { spec, generation, hydrated, residency, lineage } = state.clone();
+        let mut volume = Volume { spec, generation, hydrated, sectors: BTreeSet::new(), lineage };
         for (chunk, residency) in residency {
             let real = 0..sectors_of(&volume.spec, chunk);
             let sectors = real.filter(|sector| match &residency {
@@ -174,6 +209,7 @@ impl Volume {
             generation: self.generation,
             residency: residency.collect(),
             hydrated: self.hydrated,
+            lineage: self.lineage.clone(),
         }
     }
 }

@@ -47,6 +47,7 @@ impl<P: Platform> Volume<P> {
             true => Vec::new(),
             false => self.locks.lock_all(chunks.clone(), Mode::Alone).await,
         };
+        let Some(_filling) = Filling::begin(self) else { return Ok(Filled { chunks: 0, bytes: 0, clones: 0 }) };
         let whole = self.sectors_of(&chunks);
         let mut absent = early.unwrap_or_else(|| self.absent_runs(&chunks));
         if mutation::on(Mutation::FillIgnoresSectors) {
@@ -120,6 +121,7 @@ impl<P: Platform> Volume<P> {
     pub async fn fill_zero(&self, chunks: RangeInclusive<u32>) -> Result<()> {
         assert!((chunks.end() - chunks.start()) < ZERO_RUN_CHUNKS_MAX, "bounded by the caller");
         let _alone = self.locks.lock_all(chunks.clone(), Mode::Alone).await;
+        let Some(_filling) = Filling::begin(self) else { return Ok(()) };
         for absent in self.absent_runs(&chunks) {
             if !mutation::on(Mutation::ZeroFillTrustsFile) {
                 self.zero_sectors(absent).await?;
@@ -128,5 +130,26 @@ impl<P: Platform> Volume<P> {
         }
         self.note_change();
         Ok(())
+    }
+}
+
+/// A fill in its I/O phase.
+struct Filling<'a, P: Platform>(&'a Volume<P>);
+
+impl<'a, P: Platform> Filling<'a, P> {
+    /// `None`: the volume is another one by now, or is about to be.
+    fn begin(volume: &'a Volume<P>) -> Option<Self> {
+        if volume.retired.get() && !mutation::on(Mutation::FillOutlivesItsVolume) {
+            return None;
+        }
+        volume.filling.set(volume.filling.get() + 1);
+        Some(Filling(volume))
+    }
+}
+
+impl<P: Platform> Drop for Filling<'_, P> {
+    fn drop(&mut self) {
+        self.0.filling.set(self.0.filling.get() - 1);
+        self.0.fills_done.wake_all();
     }
 }

@@ -11,7 +11,7 @@ use crate::units::format_size;
 /// Between two lines of a log.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-pub(super) struct Progress {
+pub(in crate::cli) struct Progress {
     what: &'static str,
     shown: Shown,
 }
@@ -23,7 +23,7 @@ enum Shown {
 }
 
 impl Progress {
-    pub(super) fn start(what: &'static str, json: bool) -> Progress {
+    pub(in crate::cli) fn start(what: &'static str, json: bool) -> Progress {
         let shown = if json {
             Shown::Nothing
         } else if stderr().is_terminal() {
@@ -39,7 +39,7 @@ impl Progress {
         Progress { what, shown }
     }
 
-    pub(super) fn update(&self, done_bytes: u64, total_bytes: u64) {
+    pub(in crate::cli) fn update(&self, done_bytes: u64, total_bytes: u64) {
         match &self.shown {
             Shown::Nothing => {}
             Shown::Bar(bar) => {
@@ -55,7 +55,7 @@ impl Progress {
         }
     }
 
-    pub(super) fn finish(&self) {
+    pub(in crate::cli) fn finish(&self) {
         if let Shown::Bar(bar) = &self.shown {
             bar.finish_and_clear();
         }

@@ -1,0 +1,362 @@
+//! Snapshots of volumes, on their shard: the cut, which all volumes of a group make together, and what is captured of it afterwards.
+//!
+//! *Freezing* holds new writes of guests back and waits for those at the disk; a *cut* says what belongs to the snapshot, and thaws. That is
+//! the whole stall: nothing is read or copied in it. Afterwards a write to a chunk that was not captured yet first puts its old
+//! content into the staging file, by sharing extents where the store can. A snapshot that fails never fails a guest.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+use crate::error::{Error, Result, Status};
+use crate::journal::Record;
+use crate::mutation::{self, Mutation};
+use crate::object_store::ObjectStore;
+use crate::platform::{File, OpenMode, Platform, Queue};
+use crate::shard::Shard;
+use crate::shard::api::{CutVolume, CutWanted, VolumeLineage};
+use crate::shard::changes::{Staged, Where};
+use crate::shard::datapath::Writing;
+use crate::shard::fill_turns::FillTurn;
+use crate::shard::hydration_queue::Class;
+use crate::shard::locks::{Guard, Mode};
+use crate::shard::residency::SectorRange;
+use crate::shard::signal::within;
+use crate::shard::volume::{Volume, copy_padded, is_zero};
+use crate::transfer::{ChunkSource, FetchClass};
+use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
+
+const SECTOR: u64 = SECTOR_BYTES as u64;
+/// Guests are held back so long at most: then the snapshot is given up.
+const FREEZE_MAX: Duration = Duration::from_secs(1);
+
+impl<P: Platform, O: ObjectStore> Shard<P, O> {
+    /// What the next snapshot of a volume builds on.
+    pub(super) fn lineage(&self, name: &str) -> Result<VolumeLineage> {
+        let volume = self.by_name(name)?;
+        let changes = volume.changes.borrow();
+        let lineage = changes.lineage();
+        Ok(VolumeLineage {
+            id: volume.spec.id,
+            size_bytes: volume.spec.size_bytes,
+            chunk_bytes: volume.spec.chunk_bytes,
+            source: volume.spec.snapshot.clone(),
+            hydrated: volume.hydrated.get(),
+            attached: volume.attached.get().is_some(),
+            lineage,
+        })
+    }
+
+    /// Holds writes to the volumes back and waits for those at the disk. Without a cut in time they go on.
+    pub(super) async fn freeze(&self, names: &[String], cut: u64) -> Result<()> {
+        self.refuse_when_stopping()?;
+        let volumes = names.iter().map(|name| self.by_name(name)).collect::<Result<Vec<_>>>()?;
+        for (at, volume) in volumes.iter().enumerate() {
+            if let Err(error) = self.may_freeze(volume) {
+                volumes[..at].iter().for_each(|volume| thaw(volume, cut));
+                return Err(error);
+            }
+            volume.frozen.set(Some(cut));
+            volume.frozen_at.set(self.0.platform.now());
+        }
+        let (platform, frozen) = (self.0.platform.clone(), volumes.clone());
+        self.0.platform.spawn(Queue::Serve, async move {
+            platform.sleep(FREEZE_MAX).await;
+            frozen.iter().for_each(|volume| thaw(volume, cut));
+        });
+        if mutation::on(Mutation::CutDoesNotWaitForWrites) {
+            return Ok(());
+        }
+        let still = async {
+            for volume in &volumes {
+                volume.writes_done.until(|| volume.writing.get() == 0).await;
+            }
+        };
+        if within(&self.0.platform, FREEZE_MAX, still).await.is_none() {
+            volumes.iter().for_each(|volume| thaw(volume, cut));
+            let message = format!("writes at the disk did not end within {FREEZE_MAX:?}: try again");
+            return Err(Error::new(Status::Busy, message));
+        }
+        Ok(())
+    }
+
+    fn may_freeze(&self, volume: &Volume<P>) -> Result<()> {
+        let name = &*volume.spec.name;
+        if let Some(why) = volume.failure() {
+            return Err(Error::new(Status::Io, format!("volume {name:?} takes no snapshots: {why}")));
+        }
+        if volume.retired.get() {
+            return Err(Error::new(
+                Status::Conflict,
+                format!("volume {name:?} is being rolled back or resized: try again"),
+            ));
+        }
+        if volume.changes.borrow().cut().is_some() || volume.frozen.get().is_some() {
+            let message = format!("a snapshot of volume {name:?} is being taken: wait until it is done");
+            return Err(Error::new(Status::Conflict, message));
+        }
+        Ok(())
+    }
+
+    /// Cuts frozen volumes and lets their guests go on.
+    pub(super) fn cut(&self, wanted: &[CutWanted], cut: u64) -> Result<Vec<CutVolume>> {
+        let mut cuts = Vec::with_capacity(wanted.len());
+        let mut make = || {
+            for wanted in wanted {
+                cuts.push(self.cut_one(&*self.by_name(&wanted.name)?, wanted, cut)?);
+            }
+            Ok(())
+        };
+        let made: Result<()> = make();
+        for wanted in wanted {
+            let Ok(volume) = self.by_name(&wanted.name) else { continue };
+            if made.is_err() {
+                volume.changes.borrow_mut().end(cut, None);
+            }
+            thaw(&volume, cut);
+        }
+        made.map(|()| cuts)
+    }
+
+    fn cut_one(&self, volume: &Volume<P>, wanted: &CutWanted, cut: u64) -> Result<CutVolume> {
+        let name = &*volume.spec.name;
+        if volume.frozen.get() != Some(cut) {
+            return Err(Error::new(
+                Status::Busy,
+                format!("volume {name:?}: the snapshot took too long to begin: try again"),
+            ));
+        }
+        let mut changes = volume.changes.borrow_mut();
+        let known = changes.is_changed(0).is_some() && !wanted.all;
+        let map = volume.map.borrow();
+        let held = || (0..map.chunks()).filter(|chunk| !map.is_absent(map.chunk_sectors(*chunk)));
+        let chunks = changes.begin(cut, (!known).then(held), wanted.also.filter(|chunk| *chunk < map.chunks()));
+        let chunks =
+            chunks.ok_or_else(|| Error::new(Status::Conflict, format!("volume {name:?} is being cut already")))?;
+        let stall = self.0.platform.now().since(volume.frozen_at.get());
+        self.0.stages.cut(stall);
+        Ok(CutVolume {
+            volume: volume.spec.id,
+            name: volume.spec.name.to_string(),
+            base: if known { changes.base().cloned() } else { volume.spec.snapshot.clone() },
+            known,
+            chunks,
+            stall,
+        })
+    }
+
+    /// A guest's write has its locks and may go to the disk: nothing holds it back, and what snapshots need of its chunks is safe.
+    pub(super) async fn begin_write<'a>(
+        &self,
+        volume: &'a Rc<Volume<P>>,
+        chunks: RangeInclusive<u32>,
+        mode: Mode,
+    ) -> (Vec<Guard>, Writing<'a, P>) {
+        let mut mode = mode;
+        loop {
+            volume.thawed.until(|| volume.frozen.get().is_none()).await;
+            let pending = || chunks.clone().filter(|chunk| volume.changes.borrow().is_pending(*chunk));
+            if pending().next().is_some() {
+                mode = Mode::Alone;
+            }
+            let locks = volume.locks.lock_all(chunks.clone(), mode).await;
+            let staged: Vec<u32> = pending().collect();
+            if !staged.is_empty() && mode == Mode::Shared {
+                continue;
+            }
+            if !mutation::on(Mutation::WriteOvertakesCapture) {
+                for chunk in staged {
+                    self.stage(volume, chunk).await;
+                }
+            }
+            if volume.frozen.get().is_some() && !mutation::on(Mutation::CutDoesNotWaitForWrites) {
+                continue;
+            }
+            let mut changes = volume.changes.borrow_mut();
+            chunks.clone().for_each(|chunk| changes.write(chunk));
+            return (locks, Writing::begin(volume));
+        }
+    }
+
+    /// Puts the old content of a chunk aside; the caller has it alone. Where that fails, so does the snapshot.
+    async fn stage(&self, volume: &Rc<Volume<P>>, chunk: u32) {
+        if let Err(error) = self.try_stage(volume, chunk).await {
+            let text = format!("volume {:?}: its snapshot was given up: {}", &*volume.spec.name, error.message);
+            self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
+            volume.changes.borrow_mut().fail(error.message);
+        }
+    }
+
+    async fn try_stage(&self, volume: &Rc<Volume<P>>, chunk: u32) -> Result<()> {
+        let store = &self.0.stores[volume.store];
+        let whole = volume.map.borrow().chunk_sectors(chunk);
+        let runs = volume.map.borrow().runs(whole);
+        let own: Vec<(u64, u64)> = runs.iter().filter(|run| run.resident).map(|run| (run.start, run.end)).collect();
+        let bytes: u64 = own.iter().map(|(start, end)| (end - start) * SECTOR).sum();
+        if store.staged_bytes.get() + bytes > self.0.config.staging_bytes {
+            let message = format!(
+                "the staging area of store {:?} is full: guests overwrite faster than the snapshot is stored (snapshots.staging_bytes)",
+                &*store.label
+            );
+            return Err(Error::new(Status::NoSpace, message));
+        }
+        let staging = self.staging_of(volume).await?;
+        for (start, end) in &own {
+            volume
+                .copy_out(SectorRange { start: *start, end: *end }, &staging, self.0.bases[volume.store].is_usable())
+                .await?;
+        }
+        store.staged_bytes.set(store.staged_bytes.get() + bytes);
+        self.0.counters.staged_chunks.add(1);
+        volume.changes.borrow_mut().staged(chunk, Staged { own }, bytes);
+        Ok(())
+    }
+
+    fn staging_path(&self, volume: &Volume<P>) -> PathBuf {
+        self.0.stores[volume.store].staging_dir.join(format!("{}.raw", volume.spec.id))
+    }
+
+    /// The volume's staging file, as long as the volume: a chunk lies at its own place.
+    async fn staging_of(&self, volume: &Volume<P>) -> Result<P::File> {
+        let _one = volume.staging_opening.lock().await;
+        if let Some(file) = volume.staging.borrow().as_ref() {
+            return Ok(file.clone());
+        }
+        let path = self.staging_path(volume);
+        let failed = |e: std::io::Error| Error::from_io(&format!("staging file {}", path.display()), &e);
+        let dir = &self.0.stores[volume.store].staging_dir;
+        self.0.platform.create_dir_all(dir).await.map_err(failed)?;
+        let file = self.0.platform.open(&path, OpenMode::CreateNew).await.map_err(failed)?;
+        // Whatever comes: who ends the cut removes it.
+        *volume.staging.borrow_mut() = Some(file.clone());
+        file.set_len(volume.spec.size_bytes.next_multiple_of(SECTOR)).await.map_err(failed)?;
+        Ok(file)
+    }
+
+    /// What a chunk held at the cut, as long as it is in the device.
+    pub(super) async fn capture(&self, id: VolumeId, cut: u64, chunk: u32) -> Result<Vec<u8>> {
+        self.refuse_when_stopping()?;
+        let volume = self.volume(id)?;
+        let whole = volume.map.borrow().chunk_sectors(chunk);
+        let bytes = (whole.end - whole.start) * SECTOR;
+        let store = &self.0.stores[volume.store];
+        let turn = store.fills.turn(&self.0.platform, bytes, FillTurn::Paced(Class::Background)).await;
+        let mut content = vec![0; bytes as usize];
+        let own = self.capture_own(&volume, cut, chunk, whole, &mut content).await?;
+        drop(turn);
+        if own.iter().map(|(start, end)| end - start).sum::<u64>() < whole.end - whole.start {
+            self.add_source(&volume, chunk, whole, &own, &mut content).await?;
+        }
+        let end = volume.spec.size_bytes - u64::from(chunk) * u64::from(volume.spec.chunk_bytes);
+        content.truncate(end.min(bytes) as usize);
+        Ok(content)
+    }
+
+    /// Reads what is the volume's own: runs of sectors.
+    async fn capture_own(
+        &self,
+        volume: &Rc<Volume<P>>,
+        cut: u64,
+        chunk: u32,
+        whole: SectorRange,
+        content: &mut [u8],
+    ) -> Result<Vec<(u64, u64)>> {
+        let _alone = volume.locks.lock(chunk, Mode::Alone).await;
+        let given_up =
+            |why| Error::new(Status::Conflict, format!("the snapshot of {:?} was given up: {why}", &*volume.spec.name));
+        let found = volume.changes.borrow().find(cut, chunk).map_err(given_up)?;
+        let staging = volume.staging.borrow().clone();
+        let (own, staging) = match (found, staging) {
+            (Where::Staging(staged), Some(file)) => (staged.own, Some(file)),
+            (Where::Staging(_), None) => return Err(given_up("its staging file is gone".to_owned())),
+            (Where::Volume, _) => {
+                let runs = volume.map.borrow().runs(whole);
+                (runs.iter().filter(|run| run.resident).map(|run| (run.start, run.end)).collect(), None)
+            }
+        };
+        for (start, end) in &own {
+            let place = ((start - whole.start) * SECTOR) as usize;
+            let len = ((end - start) * SECTOR) as usize;
+            let target = &mut content[place..place + len];
+            match &staging {
+                None => target.copy_from_slice(&volume.read_sectors(SectorRange { start: *start, end: *end }).await?),
+                Some(file) => {
+                    let read = file.read_at(start * SECTOR, len).await.and_then(|read| match read.len() == len {
+                        true => Ok(read),
+                        false => Err(std::io::ErrorKind::UnexpectedEof.into()),
+                    });
+                    let failed = |e: std::io::Error| {
+                        Error::from_io(&format!("staging file {}", self.staging_path(volume).display()), &e)
+                    };
+                    target.copy_from_slice(&read.map_err(failed)?);
+                }
+            }
+        }
+        volume.changes.borrow_mut().captured(cut, chunk);
+        Ok(own)
+    }
+
+    /// Adds to a chunk what is still its source's.
+    async fn add_source(
+        &self,
+        volume: &Rc<Volume<P>>,
+        chunk: u32,
+        whole: SectorRange,
+        own: &[(u64, u64)],
+        content: &mut [u8],
+    ) -> Result<()> {
+        let manifest = self.manifest_of(volume).await?;
+        if is_zero(&manifest, chunk) {
+            return Ok(());
+        }
+        let Some(source) = ChunkSource::of(&manifest, chunk, &volume.account.origin) else { return Ok(()) };
+        let Some(answer) = self.request(vec![source], FetchClass::Background).pop() else { return Ok(()) };
+        let fetched = answer.chunk().await?;
+        let mut at = whole.start;
+        for (start, end) in own.iter().copied().chain([(whole.end, whole.end)]) {
+            let (from, to) = (((at - whole.start) * SECTOR) as usize, ((start - whole.start) * SECTOR) as usize);
+            copy_padded(&mut content[from..to], &fetched.data, from);
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Ends a cut: with the snapshot it became, or as if it had never been begun.
+    pub(super) async fn end_cut(&self, id: VolumeId, cut: u64, snapshot: Option<SnapshotRef>) -> Result<()> {
+        let volume = self.volume(id)?;
+        let committed = snapshot.is_some();
+        if volume.changes.borrow().cut() != Some(cut) {
+            return Ok(());
+        }
+        self.drop_staging(&volume).await;
+        volume.changes.borrow_mut().end(cut, snapshot);
+        if !committed {
+            return Ok(());
+        }
+        self.0.journal.admit().await?;
+        let lineage = volume.changes.borrow().lineage();
+        let lsn = self.0.journal.append(&Record::Lineage { volume: id, lineage });
+        self.0.journal.commit(lsn).await
+    }
+
+    /// Frees what was staged for a volume.
+    pub(super) async fn drop_staging(&self, volume: &Volume<P>) {
+        let store = &self.0.stores[volume.store];
+        store.staged_bytes.set(store.staged_bytes.get().saturating_sub(volume.changes.borrow().staged_bytes()));
+        let file = volume.staging.borrow_mut().take();
+        let Some(file) = file else { return };
+        drop(file.close().await);
+        if let Err(error) = self.0.platform.remove_file(&self.staging_path(volume)).await {
+            let text = format!("{} stays behind until the next start: {error}", self.staging_path(volume).display());
+            self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
+        }
+    }
+}
+
+fn thaw<P: Platform>(volume: &Volume<P>, cut: u64) {
+    if volume.frozen.get() == Some(cut) {
+        volume.frozen.set(None);
+        volume.thawed.wake_all();
+    }
+}
