@@ -39,7 +39,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Import images into the object store and manage the snapshots there. Needs no server.
-    #[command(subcommand)]
+    #[command(subcommand, visible_alias = "snapshot")]
     Image(image::ImageCommand),
     /// Create, watch and delete volumes.
     #[command(subcommand)]

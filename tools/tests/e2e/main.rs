@@ -22,5 +22,6 @@ mod one_get;
 mod recovery;
 mod reflink;
 mod s3;
+mod snapshots;
 mod storm;
 mod torture;

@@ -80,10 +80,13 @@ pub(in crate::cli) fn take(api: &Api, quiet: bool, volumes: &[String], name: &st
     segment(name)?;
     let mut shown = api.post("/v1/snapshots", &json!({"name": name, "volumes": volumes}))?;
     let progress = Progress::start("snapshot", quiet);
-    while wait {
+    if !wait {
+        return Ok(shown);
+    }
+    loop {
         let task: Task = fields_of(&shown)?;
         match task.state.as_str() {
-            "done" => break,
+            "done" => return Ok(shown),
             "failed" => {
                 let (code, message) = task.error.unwrap_or_default();
                 return Err(CliError::new(code, message));
@@ -92,5 +95,4 @@ pub(in crate::cli) fn take(api: &Api, quiet: bool, volumes: &[String], name: &st
         }
         shown = api.get(&format!("/v1/snapshot-tasks/{name}?wait_s={WAIT_SECONDS}"))?;
     }
-    Ok(shown)
 }
