@@ -93,8 +93,6 @@ pub enum Mutation {
     CutDoesNotWaitForWrites,
     /// A rollback leaves chunks resident that differ.
     RollbackKeepsResidency,
-    /// A fill that was on its way when the volume was replaced goes on.
-    FillOutlivesItsVolume,
     /// What had changed is believed after a crash.
     CrashKeepsLineage,
 }
@@ -145,7 +143,7 @@ impl Mutation {
     };
 
     /// Those of snapshots, which have scenarios of their own.
-    pub const OF_SNAPSHOTS: [Mutation; 7] = {
+    pub const OF_SNAPSHOTS: [Mutation; 6] = {
         use Mutation::*;
         [
             ChangeNotNoted,
@@ -153,7 +151,6 @@ impl Mutation {
             WriteOvertakesCapture,
             CutDoesNotWaitForWrites,
             RollbackKeepsResidency,
-            FillOutlivesItsVolume,
             CrashKeepsLineage,
         ]
     };

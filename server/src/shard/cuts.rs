@@ -155,7 +155,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     ) -> (Vec<Guard>, Writing<'a, P>) {
         let mut mode = mode;
         loop {
-            volume.thawed.until(|| volume.frozen.get().is_none()).await;
+            volume
+                .thawed
+                .until(|| volume.frozen.get().is_none() || mutation::on(Mutation::CutDoesNotWaitForWrites))
+                .await;
             let pending = || chunks.clone().filter(|chunk| volume.changes.borrow().is_pending(*chunk));
             if pending().next().is_some() {
                 mode = Mode::Alone;

@@ -139,7 +139,7 @@ struct Filling<'a, P: Platform>(&'a Volume<P>);
 impl<'a, P: Platform> Filling<'a, P> {
     /// `None`: the volume is another one by now, or is about to be.
     fn begin(volume: &'a Volume<P>) -> Option<Self> {
-        if volume.retired.get() && !mutation::on(Mutation::FillOutlivesItsVolume) {
+        if volume.retired.get() {
             return None;
         }
         volume.filling.set(volume.filling.get() + 1);
