@@ -31,7 +31,7 @@ use crate::journal::{self, Inspection};
 use crate::object_store::ObjectError;
 use crate::object_store::any::StoreChoice;
 use crate::platform::blocking::Blocking;
-use crate::shard::BASE_DIR;
+use crate::shard::{BASE_DIR, STAGING_DIR};
 use crate::types::VolumeState;
 use content::Snapshots;
 pub use finding::{Finding, Kind, Severity};
@@ -255,7 +255,7 @@ impl Checker<'_> {
                 self.find(Kind::Leftover, &path.join(name), message.into());
             } else if name == BASE_DIR {
                 self.base_names(&path.join(name))?;
-            } else if name != known && name != datadir::VOLUMES_DIR && name != "lost+found" {
+            } else if name != known && name != STAGING_DIR && name != datadir::VOLUMES_DIR && name != "lost+found" {
                 self.find(Kind::Foreign, &path.join(name), "not a file of Volley".into());
             }
         }

@@ -66,6 +66,7 @@ use base::Base;
 use datapath::Claim;
 use fill_turns::FillTurns;
 use harm::HarmConfig;
+pub use hydrate::STAGING_DIR;
 use hydrate::Store;
 use manifests::Manifests;
 use mesh::{Mesh, MeshMessage};

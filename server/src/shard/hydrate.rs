@@ -74,6 +74,9 @@ pub struct Hydration {
     pub meter: RateMeter,
 }
 
+/// Folder of a volume store with what snapshots being taken still need.
+pub const STAGING_DIR: &str = "staging";
+
 /// A volume store as one shard sees it.
 pub struct Store {
     pub label: Arc<str>,
@@ -103,7 +106,7 @@ impl Store {
         Store {
             label,
             volumes_dir: path.join("volumes"),
-            staging_dir: path.join("staging"),
+            staging_dir: path.join(STAGING_DIR),
             staged_bytes: Cell::default(),
             budget: RefCell::new(budget),
             fills,
