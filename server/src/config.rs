@@ -104,11 +104,20 @@ pub struct SnapshotConfig {
     pub bandwidth: Bandwidth,
     /// What guests overwrite while a snapshot still needs it may take so much of each store; then the snapshot is given up.
     pub staging_bytes: ByteSize,
+    /// What the scrub reads of volumes each second; 0: there is none.
+    pub scrub_bandwidth: ByteSize,
+    /// Between two rounds of the scrub over all volumes.
+    pub scrub_pause: Span,
 }
 
 impl Default for SnapshotConfig {
     fn default() -> SnapshotConfig {
-        SnapshotConfig { bandwidth: Bandwidth(None), staging_bytes: ByteSize(10 << 30) }
+        SnapshotConfig {
+            bandwidth: Bandwidth(None),
+            staging_bytes: ByteSize(10 << 30),
+            scrub_bandwidth: ByteSize(0),
+            scrub_pause: Span(Duration::from_secs(24 * 3600)),
+        }
     }
 }
 

@@ -16,6 +16,7 @@ mod place;
 mod problem;
 mod references;
 mod restoring;
+mod scrub;
 mod shards;
 mod snapshots;
 mod snapshotting;
@@ -44,6 +45,7 @@ use place::Reasons;
 pub use place::{Measure, Space, measure};
 use problem::Problem;
 use references::References;
+use scrub::Scrubbed;
 use shards::Shards;
 use snapshotting::Snapshotting;
 
@@ -61,6 +63,10 @@ pub struct Settings {
     pub object_store_choice: Option<StoreChoice>,
     /// What snapshots of volumes read each second; `None`: as much as guests leave.
     pub snapshot_bandwidth: Option<u64>,
+    /// What the scrub reads of volumes each second; `None`: there is none.
+    pub scrub_bandwidth: Option<u64>,
+    /// Between two rounds of it; `None`: a minute.
+    pub scrub_pause: Option<Duration>,
     pub stores: Vec<Store>,
     pub default_rate: HydrationRate,
     /// Of stores that have no ratio of their own.
@@ -88,6 +94,7 @@ struct Inner {
     boot_sets: tokio::sync::Mutex<BootSets>,
     batches: Batches,
     snapshotting: Snapshotting,
+    scrubbed: Scrubbed,
     http: Arc<http::Tally>,
 }
 
@@ -105,6 +112,7 @@ impl Control {
             upkeep_due: tokio::sync::Notify::new(),
             boot_sets: tokio::sync::Mutex::new(BootSets::default()),
             snapshotting: Snapshotting::default(),
+            scrubbed: Scrubbed::default(),
             http: Arc::default(),
         }))
     }
@@ -122,6 +130,7 @@ impl Control {
             () = self.keep_references() => {}
             () = self.keep_boot_sets() => {}
             () = self.keep_batches() => {}
+            () = self.keep_scrubbing() => {}
             () = &mut stop => {}
         }
         Ok(())
@@ -161,6 +170,7 @@ impl Control {
             .route("/v1/volumes/{name}/wait", get(volumes::wait))
             .route("/v1/volumes/{name}/rollback", post(restoring::roll_back))
             .route("/v1/volumes/{name}/verify", post(restoring::verify))
+            .route("/v1/volumes/{name}/at-risk", get(restoring::at_risk))
             .route("/v1/cache", get(cache::show))
             .route("/v1/cache/images/{name}", delete(cache::drop_image))
             .route("/v1/cache/images/{name}/warm", post(cache::warm))

@@ -109,6 +109,8 @@ fn run(args: Args) -> Result<(), String> {
         object_store,
         object_store_choice,
         snapshot_bandwidth: config.snapshots.bandwidth.0,
+        scrub_bandwidth: Some(config.snapshots.scrub_bandwidth.0).filter(|bytes| *bytes > 0),
+        scrub_pause: Some(config.snapshots.scrub_pause.0),
         stores: data.stores.clone(),
         default_rate: config.hydration.default_rate,
         overcommit: config.placement.overcommit,

@@ -125,6 +125,10 @@ bandwidth = "{snapshot_bandwidth}"
 # What guests overwrite while a snapshot still needs it is put aside, up to so much in each store; beyond it the snapshot is
 # given up, never a guest's write.
 staging_bytes = "{staging_bytes}"
+# Volumes are read from their disks in the background and held against what they should hold; what rotted is put back. Bytes per
+# second ("0": not at all), and the pause between two rounds over all volumes.
+scrub_bandwidth = "{scrub_bandwidth}"
+scrub_pause = "{scrub_pause}"
 
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
@@ -162,6 +166,8 @@ corrupt_attempts = {corrupt_attempts}
         overcommit = placement.overcommit,
         snapshot_bandwidth = snapshots.bandwidth,
         staging_bytes = snapshots.staging_bytes,
+        scrub_bandwidth = snapshots.scrub_bandwidth,
+        scrub_pause = snapshots.scrub_pause,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,
         deadline = retries.deadline,

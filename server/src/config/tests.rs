@@ -62,7 +62,12 @@ fn printing_covers_every_key() {
             price_per_million_gets: 40,
         },
         placement: PlacementConfig { overcommit: Overcommit::Ratio(250) },
-        snapshots: SnapshotConfig { bandwidth: Bandwidth(Some(100 << 20)), staging_bytes: ByteSize(1 << 30) },
+        snapshots: SnapshotConfig {
+            bandwidth: Bandwidth(Some(100 << 20)),
+            staging_bytes: ByteSize(1 << 30),
+            scrub_bandwidth: ByteSize(8 << 20),
+            scrub_pause: Span(Duration::from_secs(60)),
+        },
         deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },
         retries: RetryConfig {
             deadline: Span(Duration::from_secs(60)),

@@ -126,6 +126,7 @@ pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoR
         control.0.http.metrics().to_vec(),
         control.ledger_metrics().await?,
         control.boot_set_metrics().await,
+        control.scrub_metrics(),
         control.0.batches.metrics(),
     ]
     .concat();

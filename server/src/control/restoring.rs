@@ -21,6 +21,8 @@ use super::snapshotting::TakeRequest;
 /// Chunks of one step of a verification.
 const STEP_CHUNKS_MAX: u32 = 4096;
 const STEP_CHUNKS_DEFAULT: u32 = 256;
+/// Ranges that one answer names.
+const RANGES_MAX: usize = 10_000;
 /// Damaged chunks that one answer names.
 const NAMED_MAX: usize = 64;
 
@@ -53,11 +55,11 @@ pub(super) struct RolledBack {
 #[serde(deny_unknown_fields)]
 pub(super) struct VerifyParams {
     #[serde(default)]
-    from: u32,
-    chunks: Option<u32>,
+    pub(super) from: u32,
+    pub(super) chunks: Option<u32>,
     /// Put back what is damaged, from the object store.
     #[serde(default)]
-    repair: bool,
+    pub(super) repair: bool,
 }
 
 /// What a part of a volume holds, held against the snapshot that it builds on.
@@ -67,21 +69,21 @@ pub(super) struct Verified {
     snapshot: Option<String>,
     snapshot_id: Option<String>,
     size_bytes: u64,
-    chunk_bytes: u32,
+    pub(super) chunk_bytes: u32,
     chunks: u32,
     /// First chunk of the next step; `null`: that was the last.
-    next: Option<u32>,
+    pub(super) next: Option<u32>,
     /// Equal to the snapshot's, read from the disk.
-    equal: u32,
+    pub(super) equal: u32,
     /// Guests wrote to them, as far as is known.
-    changed: u32,
+    pub(super) changed: u32,
     /// Not wholly in the volume: the object store has them.
     absent: u32,
     /// Differ, and nobody knows whether guests wrote to them: the node crashed since the last snapshot.
-    unexplained: u32,
+    pub(super) unexplained: u32,
     /// Differ though no guest wrote to them.
-    damaged: u32,
-    repaired: u32,
+    pub(super) damaged: u32,
+    pub(super) repaired: u32,
     damaged_chunks: Vec<u32>,
 }
 
@@ -93,6 +95,40 @@ pub(super) async fn roll_back(
     // A client that goes away leaves nothing half done.
     let rolled = tokio::spawn(async move { control.roll_back(&name, &request).await });
     rolled.await.map_err(|e| Problem::new(Status::Internal, format!("rollback ended early: {e}")))?.map(Json)
+}
+
+/// What would be lost with the object store.
+#[derive(Serialize)]
+pub(super) struct AtRisk {
+    volume: String,
+    snapshot: Option<String>,
+    bytes: u64,
+    ranges: Vec<AbsentRange>,
+    /// There are more ranges than are listed.
+    more: bool,
+}
+
+#[derive(Serialize)]
+struct AbsentRange {
+    offset: u64,
+    bytes: u64,
+}
+
+pub(super) async fn at_risk(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<AtRisk>> {
+    let status = control.volume(name.clone()).await?;
+    let (shard, of) = (control.0.shards.owner_of(&name), name.clone());
+    let absent = |reply| Command::Absent { name: of, max: RANGES_MAX + 1, reply };
+    let mut ranges = control.0.shards.query(shard, absent).await??;
+    let more = ranges.len() > RANGES_MAX;
+    ranges.truncate(RANGES_MAX);
+    let ranges = ranges.into_iter().map(|range| AbsentRange { offset: range.start, bytes: range.end - range.start });
+    Ok(Json(AtRisk {
+        volume: name,
+        snapshot: status.snapshot,
+        bytes: status.remaining_bytes,
+        ranges: ranges.collect(),
+        more,
+    }))
 }
 
 pub(super) async fn verify(
@@ -211,7 +247,7 @@ impl Control {
         read.map_err(|why| Problem::new(Status::ObjectStore, why))
     }
 
-    async fn verify(&self, name: &str, params: &VerifyParams) -> Answer<Verified> {
+    pub(super) async fn verify(&self, name: &str, params: &VerifyParams) -> Answer<Verified> {
         let count = params.chunks.unwrap_or(STEP_CHUNKS_DEFAULT);
         if !(1..=STEP_CHUNKS_MAX).contains(&count) {
             return Err(Problem::invalid(format!("chunks: {count} is not between 1 and {STEP_CHUNKS_MAX}")));

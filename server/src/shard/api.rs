@@ -400,6 +400,12 @@ pub enum Command {
         force: bool,
         reply: ReplyTo<Result<()>>,
     },
+    /// Byte ranges of a volume that are not in it, in order: what only the object store has. At most `max`.
+    Absent {
+        name: String,
+        max: usize,
+        reply: ReplyTo<Result<Vec<Range<u64>>>>,
+    },
     /// What a chunk of a volume holds now.
     CheckChunk {
         volume: VolumeId,

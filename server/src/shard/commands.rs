@@ -76,6 +76,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Command::RollBack { name, snapshot, base, differs, force, reply } => {
                 drop(reply.send(self.roll_back(&name, snapshot, base.as_ref(), &differs, force).await));
             }
+            Command::Absent { name, max, reply } => drop(reply.send(self.absent(&name, max))),
             Command::CheckChunk { volume, chunk, reply } => drop(reply.send(self.check_chunk(volume, chunk).await)),
             Command::RepairChunk { volume, chunk, content, reply } => {
                 drop(reply.send(self.repair_chunk(volume, chunk, content).await));

@@ -1,5 +1,7 @@
 //! What a volume's disk really holds, chunk by chunk, and putting back what rotted there.
 
+use std::ops::Range;
+
 use crate::error::Result;
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
@@ -32,6 +34,27 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let read = volume.read_sectors(whole).await?;
         let content = &read[..self.bytes_in_device(volume.spec.size_bytes, whole)];
         Ok(CheckedChunk { digest: Some(*blake3::hash(content).as_bytes()), zero: is_zero(content), changed })
+    }
+
+    /// What is not in the volume: as bytes of the device.
+    pub(super) fn absent(&self, name: &str, max: usize) -> Result<Vec<Range<u64>>> {
+        let volume = self.by_name(name)?;
+        let (map, size) = (volume.map.borrow(), volume.spec.size_bytes);
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut next = map.next_absent_chunk(0);
+        while let Some(chunk) = next {
+            for absent in map.absent_runs(chunk) {
+                let range = absent.start * SECTOR..(absent.end * SECTOR).min(size);
+                let full = ranges.len() >= max;
+                match ranges.last_mut() {
+                    Some(last) if last.end == range.start => last.end = range.end,
+                    _ if full => return Ok(ranges),
+                    _ => ranges.push(range),
+                }
+            }
+            next = map.next_absent_chunk(chunk + 1);
+        }
+        Ok(ranges)
     }
 
     /// Writes over a chunk what it should hold. `false`: a guest has written to it, so nobody knows what it should hold.

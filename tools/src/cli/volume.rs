@@ -64,6 +64,8 @@ pub enum VolumeCommand {
     },
     /// Read a volume from its disk and hold it against the snapshot it builds on. Exit code 1 if anything is damaged.
     Verify(restore::VerifyArgs),
+    /// List the ranges of a volume that only the object store has: what would be lost with it.
+    AtRisk { name: String },
     /// Change settings of volumes.
     Set {
         #[arg(required = true)]
@@ -154,6 +156,7 @@ pub fn run(globals: &Globals, command: VolumeCommand) -> CliResult {
         VolumeCommand::Resize { name, size } => for_each(globals, &[name], "resized", |name| {
             api.patch(&format!("/v1/volumes/{}", segment(name)?), &json!({"size_bytes": size}))
         }),
+        VolumeCommand::AtRisk { name } => restore::at_risk(&api, globals, &name),
         VolumeCommand::Verify(args) => restore::verify(&api, globals, &args),
         VolumeCommand::Set { names, rate } => set_rate(&api, globals, &names, rate),
     }

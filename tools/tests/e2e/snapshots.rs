@@ -318,6 +318,12 @@ fn a_volume_goes_back_is_cloned_grows_and_proves_what_it_is() {
     assert!(outcome.code == 1 && outcome.stderr.contains("damaged on its disk: [10]"), "{outcome:?}");
     let repaired = node.volley(&lab.site, &["volume", "verify", "vm", "--repair"]);
     assert_eq!(repaired.code, 0, "{repaired:?}");
+    assert!(node.stop().0.success());
+    // The scrub does so by itself.
+    flip(&file, 5 * MIB + 78);
+    let config = format!("{}[snapshots]\nscrub_bandwidth = \"1GiB\"\nscrub_pause = \"1s\"\n", lab.options.config);
+    let node = lab.site.start(&NodeOptions { config, ..lab.options.clone() });
+    eventually("the scrub", || node.get("/metrics").contains("volley_scrub_repaired_chunks_total 1"));
     assert_eq!(lab.history.find(&lab.read(&node, "vm"), "vm"), end);
     assert!(node.stop().0.success());
 }
@@ -367,6 +373,13 @@ fn what_can_not_be_is_refused_and_nothing_is_half_done() {
     refused(&["volume", "resize", "vm", "1000"], "multiple");
     let group = node.json(&lab.site, &["snapshot", "create", "vm", "--name", "alone", "--wait"]);
     assert_eq!(group["snapshots"][0]["captured_chunks"], 0, "nothing was written: {group}");
+    // What only the object store has is told.
+    let slow = ["volume", "create", "slow", "--snapshot", "debian", "--rate", "none"];
+    assert_eq!(node.volley(&lab.site, &slow).code, 0);
+    let risk = node.json(&lab.site, &["volume", "at-risk", "slow"]);
+    let ranges = risk["ranges"].as_array().expect("ranges");
+    assert_eq!(ranges.iter().map(|range| number(range, "bytes")).sum::<u64>(), number(&risk, "bytes"), "{risk}");
+    assert!(number(&risk, "bytes") > 0 && number(&ranges[0], "offset") > 0, "the first chunk is zero: {risk}");
     // The object store is gone: a clear error, and afterwards all is as before.
     let away = lab.site.path("away");
     std::fs::rename(lab.site.objects(), &away).expect("taken away");

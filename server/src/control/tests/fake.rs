@@ -106,6 +106,8 @@ impl Node {
             object_store: "file:/objects".to_string(),
             object_store_choice: None,
             snapshot_bandwidth: None,
+            scrub_bandwidth: None,
+            scrub_pause: None,
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
             overcommit: Overcommit::default(),
@@ -357,6 +359,7 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         Command::RollBack { reply, .. } | Command::Grow { reply, .. } => drop(reply.send(Ok(()))),
         Command::Cut { reply, .. } => drop(reply.send(Ok(Vec::new()))),
         Command::Capture { reply, .. } => drop(reply.send(Ok(Vec::new()))),
+        Command::Absent { reply, .. } => drop(reply.send(Ok(Vec::new()))),
         Command::CheckChunk { reply, .. } => drop(reply.send(Err(unknown("")))),
         Command::RepairChunk { reply, .. } => drop(reply.send(Ok(false))),
         Command::Objects { .. } | Command::SetDeadline { .. } | Command::Stop { .. } => {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::cli::api::{Api, fields_of, request_of, segment};
 use crate::cli::image::{Progress, take_snapshot};
 use crate::cli::place::PlacementArgs;
-use crate::cli::{CliError, CliResult, Globals, print_json, print_line};
+use crate::cli::{CliError, CliResult, Globals, Table, print_json, print_line};
 use crate::units::format_size;
 
 /// Chunks that the server looks at for one request.
@@ -134,6 +134,22 @@ pub(super) fn verify(api: &Api, globals: &Globals, args: &VerifyArgs) -> CliResu
             Err(CliError::new("corrupt", text))
         }
     }
+}
+
+pub(super) fn at_risk(api: &Api, globals: &Globals, name: &str) -> CliResult {
+    let found = api.get(&format!("/v1/volumes/{}/at-risk", segment(name)?))?;
+    if globals.json {
+        return print_json(&found);
+    }
+    let mut table = Table::new(&["OFFSET", "BYTES", "SIZE"]);
+    for range in found["ranges"].as_array().into_iter().flatten() {
+        let bytes = range["bytes"].as_u64().unwrap_or_default();
+        table.row([range["offset"].to_string(), bytes.to_string(), format_size(bytes)]);
+    }
+    table.print()?;
+    let more = if found["more"] == true { "; there are more ranges" } else { "" };
+    let bytes = format_size(found["bytes"].as_u64().unwrap_or_default());
+    print_line(&format!("{bytes} of {name} are in the object store only{more}"))
 }
 
 impl Step {

@@ -1,0 +1,78 @@
+//! Scrub: volumes are read from their disks in the background, chunk by chunk, and held against what they should hold; what rotted is put
+//! back from the object store. Guests come first: each read waits for its turn as hydration does.
+#![allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::metrics::Metric;
+
+use super::Control;
+use super::problem::Answer;
+use super::restoring::VerifyParams;
+
+/// Chunks looked at before the pace is looked at.
+const STEP_CHUNKS: u32 = 4;
+/// Between two rounds over all volumes, and before the first.
+const ROUND_PAUSE: Duration = Duration::from_secs(60);
+
+/// What scrubbing found since the start.
+#[derive(Default)]
+pub(super) struct Scrubbed {
+    chunks: AtomicU64,
+    damaged: AtomicU64,
+    repaired: AtomicU64,
+    rounds: AtomicU64,
+}
+
+impl Control {
+    /// Scrubs for ever, if the configuration says so.
+    pub(super) async fn keep_scrubbing(&self) {
+        let Some(bandwidth) = self.0.settings.scrub_bandwidth else { return std::future::pending().await };
+        loop {
+            tokio::time::sleep(self.0.settings.scrub_pause.unwrap_or(ROUND_PAUSE)).await;
+            let Ok(volumes) = self.all_volumes().await else { continue };
+            for volume in volumes {
+                if let Err(problem) = self.scrub(&volume.name, bandwidth).await {
+                    tracing::debug!(volume = volume.name, why = problem.detail(), "not scrubbed");
+                }
+            }
+            self.0.scrubbed.rounds.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    async fn scrub(&self, name: &str, bandwidth: u64) -> Answer<()> {
+        let mut from = 0;
+        loop {
+            let params = VerifyParams { from, chunks: Some(STEP_CHUNKS), repair: true };
+            let found = self.verify(name, &params).await?;
+            let looked_at = u64::from(found.equal + found.changed + found.unexplained + found.damaged);
+            let scrubbed = &self.0.scrubbed;
+            scrubbed.chunks.fetch_add(looked_at, Ordering::Relaxed);
+            scrubbed.damaged.fetch_add(found.damaged.into(), Ordering::Relaxed);
+            scrubbed.repaired.fetch_add(found.repaired.into(), Ordering::Relaxed);
+            let read = looked_at * u64::from(found.chunk_bytes);
+            tokio::time::sleep(Duration::from_secs_f64(read as f64 / bandwidth.max(1) as f64)).await;
+            match found.next {
+                Some(next) => from = next,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    pub(super) fn scrub_metrics(&self) -> Vec<Metric> {
+        let Scrubbed { chunks, damaged, repaired, rounds } = &self.0.scrubbed;
+        [
+            ("scrub_chunks_total", "Chunks of volumes read from their disks by the scrub.", chunks),
+            (
+                "scrub_damaged_chunks_total",
+                "Of these, chunks that held something else than was written there.",
+                damaged,
+            ),
+            ("scrub_repaired_chunks_total", "Of these, chunks put back from the object store.", repaired),
+            ("scrub_rounds_total", "Rounds over all volumes.", rounds),
+        ]
+        .map(|(name, help, value)| (name, "counter", help, value.load(Ordering::Relaxed)))
+        .to_vec()
+    }
+}
