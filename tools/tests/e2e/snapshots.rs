@@ -379,7 +379,7 @@ fn what_can_not_be_is_refused_and_nothing_is_half_done() {
     let risk = node.json(&lab.site, &["volume", "at-risk", "slow"]);
     let ranges = risk["ranges"].as_array().expect("ranges");
     assert_eq!(ranges.iter().map(|range| number(range, "bytes")).sum::<u64>(), number(&risk, "bytes"), "{risk}");
-    assert!(number(&risk, "bytes") > 0 && number(&ranges[0], "offset") > 0, "the first chunk is zero: {risk}");
+    assert!(number(&risk, "bytes") > 0 && ranges.len() > 2, "zero chunks lie between: {risk}");
     // The object store is gone: a clear error, and afterwards all is as before.
     let away = lab.site.path("away");
     std::fs::rename(lab.site.objects(), &away).expect("taken away");
