@@ -283,7 +283,10 @@ fn an_import_stopped_at_any_step_leaves_no_snapshot_and_can_be_resumed() {
         assert_eq!(first.is_ok(), committed, "{puts}");
         if committed {
             assert_eq!(lab.export("a"), content);
-            assert!(block_on(gc::open_imports(&lab.store)).unwrap().is_empty(), "a marker that was left blocks nothing");
+            assert!(
+                block_on(gc::open_imports(&lab.store)).unwrap().is_empty(),
+                "a marker that was left blocks nothing"
+            );
             // Marker, two packs, manifest; then only the removal of the marker is left to fail.
             assert!(puts >= 4, "{puts}");
             if puts > 4 {

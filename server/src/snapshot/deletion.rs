@@ -70,9 +70,10 @@ pub async fn delete<S: ObjectStore>(
     when_unused: bool,
 ) -> Result<Outcome, CatalogError> {
     let bytes = match catalog::load_bytes(store, name).await {
-        Err(e @ CatalogError::Unknown(_)) => {
+        Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) if intention(store, name).await?.is_some() => {
+            // A deletion was stopped after the manifest had gone.
             clean_up(store, name).await?;
-            return Err(e);
+            return Err(CatalogError::Unknown(name.to_owned()));
         }
         other => other?,
     };

@@ -134,7 +134,8 @@ fn an_image_is_protected_while_a_volume_needs_it() {
 
     // Announced: no new volumes, and the ones that are there go on.
     site.volley(&["image", "delete", "debian-12", "--when-unused"]).success();
-    node.volley(&site, &["volume", "create", "--snapshot", "debian-12", "--name", "web-9"]).fails_naming(&["debian-12", "to be deleted"]);
+    node.volley(&site, &["volume", "create", "--snapshot", "debian-12", "--name", "web-9"])
+        .fails_naming(&["debian-12", "to be deleted"]);
     node.volley(&site, &["volume", "set", "web-0", "--rate", "unlimited"]).success();
     node.wait_hydrated(&site, "web-0", "60s");
     // The node drops its reference on its own, some seconds after the last volume that needed it.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use futures::executor::block_on;
 
 use super::world::*;
+use crate::object_store::ObjectError;
 use crate::snapshot::claim::ClaimError;
 use crate::snapshot::gc::ABANDONED_MS;
 use crate::snapshot::{CatalogError, catalog};
@@ -25,6 +26,16 @@ enum Work {
     Export(&'static str),
 }
 
+impl Work {
+    /// The name that it makes or deletes.
+    fn changes(&self) -> Option<&'static str> {
+        match self {
+            Work::Take(name, _) | Work::Delete(name) | Work::DeleteWhenUnused(name) => Some(name),
+            _ => None,
+        }
+    }
+}
+
 const GRACE_MS: u64 = 1000;
 
 /// Three snapshots that share packs, one of them half dead, and one that was deleted before.
@@ -37,11 +48,13 @@ fn site() -> World {
     world
 }
 
-/// `grace_ms` is that of every collection; with 0 all depends on the protocol.
-async fn run(world: World, work: Work, grace_ms: u64) {
+/// `grace_ms` is that of every collection; with 0 all depends on the protocol. `shared`: others make or delete a snapshot of
+/// this name, which may stop an import.
+async fn run(world: World, work: Work, grace_ms: u64, shared: bool) {
     match work {
         Work::Take(name, labels) => match world.take(name, &labels).await {
             Ok(()) | Err(ClaimError::NameTaken(_)) => {}
+            Err(ClaimError::Interfered(_) | ClaimError::Store(ObjectError::AlreadyExists(_))) if shared => {}
             Err(e) => panic!("import of {name}: {e}"),
         },
         Work::Delete(name) => match world.delete(name).await {
@@ -81,7 +94,9 @@ async fn run(world: World, work: Work, grace_ms: u64) {
 
 fn actors(world: &World, works: &[Work], grace_ms: u64) -> Vec<Actor> {
     let stepped = world.with(world.store.stepped());
-    works.iter().map(|work| Box::pin(run(stepped.clone(), work.clone(), grace_ms)) as Actor).collect()
+    let names: Vec<&str> = works.iter().filter_map(Work::changes).collect();
+    let is_shared = |work: &Work| names.iter().filter(|name| work.changes() == Some(name)).count() > 1;
+    works.iter().map(|work| Box::pin(run(stepped.clone(), work.clone(), grace_ms, is_shared(work))) as Actor).collect()
 }
 
 /// Runs `works` in the order that `next` chooses, then checks everything there is.
