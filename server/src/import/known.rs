@@ -60,11 +60,11 @@ impl KnownChunks {
             match catalog::load(store, &name).await {
                 Ok(manifest) => known.add_manifest(&manifest, &sizes),
                 Err(e @ CatalogError::Store(_)) => return Err(e),
-                Err(CatalogError::Unknown(_)) => {}
+                Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => {}
                 Err(e) => known.notes.push(format!("shares no chunks with a damaged snapshot: {e}")),
             }
         }
-        known.add_own_packs(store, &listed, import_id).await?;
+        known.add_own_packs(store, listed, import_id).await?;
         Ok(known)
     }
 

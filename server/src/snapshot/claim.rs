@@ -65,9 +65,7 @@ impl Claim {
         match store.put_if_absent(&manifest_key(name), &manifest.encode()).await {
             Ok(()) => {}
             Err(ObjectError::AlreadyExists(_)) => {
-                if self.fresh {
-                    store.delete(&import_key(name)).await?;
-                }
+                self.abandon(store).await?;
                 return Err(ClaimError::NameTaken(name.clone()));
             }
             Err(e) => return Err(e.into()),
@@ -89,6 +87,14 @@ impl Claim {
     /// When the object store fails.
     pub async fn is_in_place<S: ObjectStore>(&self, store: &S) -> Result<bool, ObjectError> {
         Ok(marker::read(store, &self.name).await?.is_some_and(|marker| marker.id == Some(self.id)))
+    }
+
+    /// Removes the marker if this run made it: one that an interrupted run left stays, with what that one stored.
+    ///
+    /// # Errors
+    /// When the object store fails.
+    pub async fn abandon<S: ObjectStore>(&self, store: &S) -> Result<(), ObjectError> {
+        if self.fresh { self.end(store).await } else { Ok(()) }
     }
 
     /// Removes the marker. What was stored and is not in a manifest is garbage from here on.
