@@ -289,6 +289,28 @@ fn a_rewrite_waits_for_nodes_that_read_by_the_old_manifest() {
 }
 
 #[test]
+fn readers_of_an_old_manifest_are_remembered_while_others_still_use_the_pack() {
+    let world = World::new();
+    block_on(world.take("old", &[1, 2])).unwrap();
+    block_on(world.take("a", &[2, 5])).unwrap();
+    block_on(world.take("b", &[6, 2])).unwrap();
+    block_on(world.delete("old")).unwrap();
+    let manifest = block_on(world.create_volume("a", "node-1")).unwrap().unwrap();
+    let lease = format!("volley-rewrite 1 {:032x}\n", world.clock.timed_id());
+    block_on(world.store.put(&format!("{LEASE_PREFIX}b"), lease.as_bytes())).unwrap();
+    let rewritten = block_on(world.rewrite(60)).unwrap().rewritten.unwrap();
+    assert_eq!((rewritten.snapshots.len(), rewritten.left.len()), (1, 1), "{:?}", rewritten.left);
+    block_on(world.store.delete(&format!("{LEASE_PREFIX}b"))).unwrap();
+    block_on(world.gc(0)).unwrap();
+    block_on(world.delete("b")).unwrap();
+    block_on(world.gc(0)).unwrap();
+    block_on(world.read(&manifest)).unwrap();
+    block_on(world.let_go("a", "node-1")).unwrap();
+    world.settle();
+    assert!(block_on(world.read(&manifest)).is_err());
+}
+
+#[test]
 fn damaged_chunks_are_not_rewritten() {
     let world = World::new();
     block_on(world.take("old", &[1, 2])).unwrap();

@@ -9,7 +9,8 @@ use futures::executor::block_on;
 use super::world::*;
 use crate::object_store::ObjectError;
 use crate::snapshot::claim::ClaimError;
-use crate::snapshot::gc::ABANDONED_MS;
+use crate::snapshot::deletion::Outcome;
+use crate::snapshot::gc::{ABANDONED_MS, condemned};
 use crate::snapshot::{CatalogError, catalog};
 
 /// What one actor does.
@@ -24,13 +25,18 @@ enum Work {
     Volume(&'static str, &'static str),
     /// Reads without a reference, within the grace period.
     Export(&'static str),
+    /// Deletes what it is going to read.
+    DeleteAndExport(&'static str),
+    /// Makes a snapshot of the same content as one that was read before.
+    TakeOnTop(&'static str, &'static str),
 }
 
 impl Work {
     /// The name that it makes or deletes.
     fn changes(&self) -> Option<&'static str> {
         match self {
-            Work::Take(name, _) | Work::Delete(name) | Work::DeleteWhenUnused(name) => Some(name),
+            Work::Take(name, _) | Work::TakeOnTop(name, _) => Some(name),
+            Work::Delete(name) | Work::DeleteWhenUnused(name) | Work::DeleteAndExport(name) => Some(name),
             _ => None,
         }
     }
@@ -48,6 +54,15 @@ fn site() -> World {
     world
 }
 
+/// Packs of `a` and `b` were condemned long ago, and saved by an import that had chosen them before.
+fn saved() -> World {
+    let world = site();
+    let packs = world.store.keys("packs/");
+    let opened = block_on(condemned::open(&world.store, &world.clock, packs, Vec::new())).unwrap();
+    block_on(condemned::seal(&world.store, &world.clock, opened)).unwrap();
+    world
+}
+
 /// `grace_ms` is that of every collection; with 0 all depends on the protocol. `shared`: others make or delete a snapshot of
 /// this name, which may stop an import.
 async fn run(world: World, work: Work, grace_ms: u64, shared: bool) {
@@ -57,7 +72,21 @@ async fn run(world: World, work: Work, grace_ms: u64, shared: bool) {
             Err(ClaimError::Interfered(_) | ClaimError::Store(ObjectError::AlreadyExists(_))) if shared => {}
             Err(e) => panic!("import of {name}: {e}"),
         },
+        Work::TakeOnTop(name, parent) => {
+            let Ok(manifest) = catalog::load(&world.store, parent).await else { return };
+            match world.take_on_top(name, &[2, 3, 4], Some(&manifest)).await {
+                Ok(()) | Err(ClaimError::NameTaken(_)) => {}
+                Err(ClaimError::Interfered(_) | ClaimError::Store(ObjectError::AlreadyExists(_))) if shared => {}
+                Err(e) => panic!("snapshot {name}: {e}"),
+            }
+        }
+        Work::DeleteAndExport(name) => {
+            let Ok(manifest) = catalog::load(&world.store, name).await else { return };
+            let _ = world.delete(name).await;
+            world.read(&manifest).await.unwrap_or_else(|e| panic!("export of {name}: {e}"));
+        }
         Work::Delete(name) => match world.delete(name).await {
+            Ok(Outcome::Deleted(_)) if !shared => drop(world.deleted.borrow_mut().insert(name)),
             Ok(_) | Err(CatalogError::Referenced { .. } | CatalogError::Announced { .. }) => {}
             Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_) | CatalogError::Rewriting(_)) => {}
             Err(e) => panic!("deletion of {name}: {e}"),
@@ -101,11 +130,15 @@ fn actors(world: &World, works: &[Work], grace_ms: u64) -> Vec<Actor> {
 
 /// Runs `works` in the order that `next` chooses, then checks everything there is.
 fn check(site: &World, works: &[Work], grace_ms: u64, next: impl FnMut(&[usize]) -> Turns) {
-    let world = World { store: site.store.fork(), clock: TestClock::default() };
+    let world = World { store: site.store.fork(), ..World::new() };
+    world.clock.advance(2 * GRACE_MS);
     // Ids of this run are none of the site's.
     world.clock.skip_random(1_000_000);
     interleave(actors(&world, works, grace_ms), next);
-    world.verify();
+    let left = world.verify();
+    for name in world.deleted.borrow().iter() {
+        assert!(!left.contains_key(*name), "{name} is back after its deletion");
+    }
     // The killed leave markers of imports, which an operator drops, and references, which their nodes do.
     world.clock.advance(ABANDONED_MS);
     for key in world.store.keys("imports/").into_iter().chain(world.store.keys("refs/")) {
@@ -130,10 +163,13 @@ impl Drop for Order<'_> {
 
 /// Two actors, each order with at most three switches between them.
 fn every_order(works: [Work; 2], grace_ms: u64) {
-    let site = site();
+    every_order_at(&site(), works, grace_ms);
+}
+
+fn every_order_at(site: &World, works: [Work; 2], grace_ms: u64) {
     let lens = [0, 1].map(|first: usize| {
         let mut steps = [0; 2];
-        check(&site, &works, grace_ms, |left| {
+        check(site, &works, grace_ms, |left| {
             let index = if left.contains(&first) { first } else { left[0] };
             steps[index] += 1;
             Turns::Step(index)
@@ -145,7 +181,7 @@ fn every_order(works: [Work; 2], grace_ms: u64) {
             for between in 1..=lens[1 - first] + 8 {
                 let (mut mine, mut other) = (0, 0);
                 let order = Order { works: &works, turns: Rc::default() };
-                check(&site, &works, grace_ms, |left| {
+                check(site, &works, grace_ms, |left| {
                     let wanted = match () {
                         () if mine < before => first,
                         () if other < between => 1 - first,
@@ -178,7 +214,15 @@ impl Random {
 
 /// Several actors in random orders; in every fourth order one is killed on the way.
 fn random_orders(seeds: std::ops::Range<u64>, grace_ms: u64, choose: impl Fn(&mut Random) -> Vec<Work>) {
-    let site = site();
+    random_orders_at(&site(), seeds, grace_ms, choose);
+}
+
+fn random_orders_at(
+    site: &World,
+    seeds: std::ops::Range<u64>,
+    grace_ms: u64,
+    choose: impl Fn(&mut Random) -> Vec<Work>,
+) {
     for seed in seeds {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let works = choose(&mut random);
@@ -186,7 +230,7 @@ fn random_orders(seeds: std::ops::Range<u64>, grace_ms: u64, choose: impl Fn(&mu
         let mut kill_in = if seed % 4 == 0 { Some(random.below(60)) } else { None };
         // Some stay on for a while: switches at every step hide what needs a long stretch of one.
         let mut current = 0;
-        check(&site, &works, grace_ms, |left| {
+        check(site, &works, grace_ms, |left| {
             if !left.contains(&current) || random.below(6) == 0 {
                 current = left[random.below(left.len())];
             }
@@ -298,4 +342,28 @@ fn a_reader_without_a_reference_has_the_grace_period() {
         works[0] = Work::Export(["a", "b"][random.below(2)]);
         works
     });
+}
+
+#[test]
+fn a_reader_of_what_was_saved_and_is_dead_again_has_the_grace_period() {
+    every_order_at(&saved(), [Work::DeleteAndExport("a"), Work::Collect], GRACE_MS);
+    random_orders_at(&saved(), 0..2000, GRACE_MS, |random| {
+        let mut works = vec![Work::DeleteAndExport("a"), Work::Delete("b"), Work::Collect, Work::Collect];
+        works.truncate(3 + random.below(2));
+        works
+    });
+}
+
+#[test]
+fn a_snapshot_of_a_volume_and_the_deletion_of_what_it_builds_on() {
+    random_orders(0..2000, 0, |random| {
+        let mut works = vec![Work::TakeOnTop("c", "a"), Work::Delete("a"), Work::Collect];
+        works.extend([Work::Rewrite, Work::Collect][random.below(2)..].iter().cloned());
+        works
+    });
+}
+
+#[test]
+fn a_deletion_is_not_undone_by_a_rewrite() {
+    random_orders(0..2000, 0, |_| vec![Work::Rewrite, Work::Delete("a"), Work::Delete("b")]);
 }

@@ -197,28 +197,54 @@ impl Clock for TestClock {
     }
 }
 
+/// Where chunks are, by digest.
+type Places = BTreeMap<[u8; 32], (String, u64, Rc<EncodedChunk>)>;
+
+fn add_places(places: &mut Places, manifest: &Manifest, reusable: &hashbrown::HashMap<&str, u64>) {
+    for index in 0..manifest.chunk_count() {
+        let ChunkEntry::Stored { pack, offset, digest, .. } = manifest.chunk(index) else { continue };
+        let key = manifest.pack_key(pack);
+        if reusable.contains_key(key) {
+            let label = LABELS.clone().find(|label| chunk(*label).digest == digest).unwrap();
+            places.insert(digest, (key.to_owned(), offset, chunk(label)));
+        }
+    }
+}
+
 /// A store with its clock.
 #[derive(Clone)]
 pub(super) struct World {
     pub(super) store: MemStore,
     pub(super) clock: TestClock,
+    /// Names whose deletion was reported.
+    pub(super) deleted: Rc<RefCell<BTreeSet<&'static str>>>,
 }
 
 impl World {
     pub(super) fn new() -> World {
-        World { store: MemStore::new(), clock: TestClock::default() }
+        World { store: MemStore::new(), clock: TestClock::default(), deleted: Rc::default() }
     }
 
     /// The same objects and clock behind a store of another kind.
     pub(super) fn with(&self, store: MemStore) -> World {
-        World { store, clock: self.clock.clone() }
+        World { store, ..self.clone() }
     }
 
     /// Makes a snapshot whose chunks have these contents (0: zeroes), sharing what may be shared, as an import does.
     pub(super) async fn take(&self, name: &str, labels: &[u8]) -> Result<(), ClaimError> {
+        self.take_on_top(name, labels, None).await
+    }
+
+    /// The same with what a manifest in memory says in place of what all manifests say, as a snapshot of a volume does.
+    pub(super) async fn take_on_top(
+        &self,
+        name: &str,
+        labels: &[u8],
+        parent: Option<&Manifest>,
+    ) -> Result<(), ClaimError> {
         let store = &self.store;
         let claim = Claim::begin(store, name, self.clock.timed_id()).await?;
-        let mut places = self.known().await.map_err(|e| match e {
+        let mut places = self.known(parent).await.map_err(|e| match e {
             CatalogError::Store(e) => ClaimError::Store(e),
             e => panic!("{e}"),
         })?;
@@ -242,35 +268,26 @@ impl World {
         claim.commit(store, &self.manifest(name, claim.id, labels, &places)).await
     }
 
-    async fn known(&self) -> Result<BTreeMap<[u8; 32], (String, u64, Rc<EncodedChunk>)>, CatalogError> {
+    async fn known(&self, parent: Option<&Manifest>) -> Result<Places, CatalogError> {
         let stored = StoredPacks::load(&self.store).await?;
         let reusable = stored.reusable();
         let mut places = BTreeMap::new();
+        if let Some(parent) = parent {
+            add_places(&mut places, parent, &reusable);
+            return Ok(places);
+        }
         for name in catalog::names(&self.store).await? {
             let manifest = match catalog::load(&self.store, &name).await {
                 Ok(manifest) => manifest,
                 Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => continue,
                 Err(e) => return Err(e),
             };
-            for index in 0..manifest.chunk_count() {
-                let ChunkEntry::Stored { pack, offset, digest, .. } = manifest.chunk(index) else { continue };
-                let key = manifest.pack_key(pack);
-                if reusable.contains_key(key) {
-                    let label = LABELS.clone().find(|label| chunk(*label).digest == digest).unwrap();
-                    places.insert(digest, (key.to_owned(), offset, chunk(label)));
-                }
-            }
+            add_places(&mut places, &manifest, &reusable);
         }
         Ok(places)
     }
 
-    fn manifest(
-        &self,
-        name: &str,
-        id: u128,
-        labels: &[u8],
-        places: &BTreeMap<[u8; 32], (String, u64, Rc<EncodedChunk>)>,
-    ) -> Manifest {
+    fn manifest(&self, name: &str, id: u128, labels: &[u8], places: &Places) -> Manifest {
         let mut keys: Vec<String> = Vec::new();
         let mut entry = |label: &u8| {
             if *label == 0 {
