@@ -201,6 +201,7 @@ fn a_snapshot_in_use_is_deleted_when_it_is_unused() {
     assert!(lab.ok(&["image", "delete", "a", "--when-unused"]).contains("node-1"));
     assert!(lab.ok(&["image", "gc", "--grace", "0s"]).contains("once node node-1"));
     lab.ok(&["image", "verify", "a"]);
+    assert_eq!(json(&lab.ok(&["image", "show", "a", "--json"]))["to_be_deleted"], true);
     fs::remove_file(reference).expect("remove");
     let report = json(&lab.ok(&["image", "gc", "--grace", "0s", "--json"]));
     assert_eq!((&report["snapshots_deleted"][0], &report["packs_removed"]), (&"a".into(), &1.into()));

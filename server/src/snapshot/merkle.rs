@@ -116,10 +116,11 @@ mod tests {
         }
     }
 
-    /// Frozen: what was printed once must be computed for ever.
+    /// Frozen: what was printed once must be computed for ever. The value is of another implementation.
     #[test]
     fn the_root_of_known_leaves_is_known() {
         let root = root_of(3 << 19, 1 << 19, [Some(*blake3::hash(b"a").as_bytes()), None, Some([7; 32])].into_iter());
-        assert_eq!(root, by_definition(3 << 19, 1 << 19, &[Some(*blake3::hash(b"a").as_bytes()), None, Some([7; 32])]));
+        let known = "3bd92ca2a8a43094b564b447434ea0f58cf683036171ec0eaad29d170682a9ed";
+        assert_eq!(blake3::Hash::from_bytes(root).to_hex().as_str(), known);
     }
 }

@@ -8,7 +8,7 @@ use futures::executor::block_on;
 use serde_json::{Value, json};
 use volley_server::import::{self, ImageFormat, ImportError, ImportOptions, ImportReport};
 use volley_server::platform::blocking::ToolStore;
-use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, merkle, read};
+use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, deletion, merkle, read};
 
 use super::{CliError, CliResult, Globals, Table, objects, print_json, print_line};
 use crate::units::{format_duration, format_size, parse_size};
@@ -196,12 +196,17 @@ fn list(globals: &Globals) -> CliResult {
 }
 
 fn show(globals: &Globals, name: &str) -> CliResult {
-    let manifest = block_on(catalog::load(&objects::open(globals)?, name))?;
+    let store = objects::open(globals)?;
+    let manifest = block_on(catalog::load(&store, name))?;
+    let intention = block_on(deletion::intention(&store, name))?;
+    let to_be_deleted = intention.is_some_and(|intention| deletion::concerns(&intention, manifest.id));
     let summary = Summary::of(&manifest);
     if globals.json {
-        return print_json(&summary.json());
+        let mut value = summary.json();
+        value["to_be_deleted"] = json!(to_be_deleted);
+        return print_json(&value);
     }
-    let lines = [
+    let mut lines = vec![
         format!("name       {}", summary.name),
         format!("id         {}", summary.id),
         format!("size       {} ({} bytes)", format_size(summary.size_bytes), summary.size_bytes),
@@ -213,6 +218,9 @@ fn show(globals: &Globals, name: &str) -> CliResult {
         format!("created    {} (Unix time in ms)", summary.created_unix_ms),
         format!("root       {}", summary.merkle_root),
     ];
+    if to_be_deleted {
+        lines.push("deletion   when no node needs it: no new volumes are made of it".to_owned());
+    }
     print_line(&lines.join("\n"))
 }
 
