@@ -23,6 +23,7 @@ use crate::object_store::{ObjectError, ObjectStore};
 use crate::parallel::{self, Parallel};
 use crate::platform::Platform;
 use crate::platform::blocking::Blocking;
+use crate::snapshot::claim::{Claim, ClaimError};
 use crate::snapshot::manifest::check_geometry;
 use crate::snapshot::{CatalogError, Manifest, ManifestError, SnapshotInfo, import_key, manifest_key, marker};
 
@@ -142,9 +143,9 @@ pub fn import<S: ObjectStore + Send + Sync>(
     check_geometry(source.device_bytes(), options.chunk_bytes).map_err(ImportError::Invalid)?;
 
     // The marker first: from here on, garbage collection leaves alone what the listing below finds.
-    let begun = begin(store, name)?;
-    let known = block_on(KnownChunks::load(store, begun.id))?;
-    let plan = Packing { id: begun.id, chunk_bytes: options.chunk_bytes, threads: options.threads };
+    let claim = begin(store, name)?;
+    let known = block_on(KnownChunks::load(store, claim.id))?;
+    let plan = Packing { id: claim.id, chunk_bytes: options.chunk_bytes, threads: options.threads };
     let packed = pack_chunks(store, &plan, &source, &known, &progress).map_err(|e| match e {
         PackError::Unreadable(chunk, e) => unreadable(&options.image, chunk, &e),
         PackError::Import(e) => named(e, name),
@@ -154,7 +155,7 @@ pub fn import<S: ObjectStore + Send + Sync>(
     }
 
     let info = SnapshotInfo {
-        id: begun.id,
+        id: claim.id,
         name: name.clone(),
         size_bytes: source.device_bytes(),
         chunk_bytes: options.chunk_bytes,
@@ -162,7 +163,7 @@ pub fn import<S: ObjectStore + Send + Sync>(
         created_unix_ms: Blocking.wall_clock_ms(),
     };
     let manifest = Manifest::new(info, packed.pack_keys, &packed.entries)?;
-    commit(store, &manifest, &begun)?;
+    block_on(claim.commit(store, &manifest))?;
 
     let mut notes = source.notes.clone();
     notes.extend(known.notes);
@@ -172,7 +173,7 @@ pub fn import<S: ObjectStore + Send + Sync>(
     }
     Ok(ImportReport {
         name: name.clone(),
-        id: format!("{:032x}", begun.id),
+        id: format!("{:032x}", claim.id),
         format: source.format,
         image_bytes: source.image_bytes,
         size_bytes: manifest.size_bytes,
@@ -260,50 +261,20 @@ fn refuse_taken<S: ObjectStore>(store: &S, name: &str) -> Result<(), ImportError
     Err(ImportError::NameTaken(name.to_owned()))
 }
 
-fn begin<S: ObjectStore>(store: &S, name: &str) -> Result<Begun, ImportError> {
+fn begin<S: ObjectStore>(store: &S, name: &str) -> Result<Claim, ImportError> {
     let id = u128::from(Blocking.random_u64()) << 64 | u128::from(Blocking.random_u64());
-    match block_on(store.put_if_absent(&import_key(name), &marker::encode(id))) {
-        Ok(()) => Ok(Begun { id, fresh: true }),
-        Err(ObjectError::AlreadyExists(_)) => match block_on(marker::read(store, name))? {
-            Some(marker) => {
-                let id = marker.id.ok_or_else(|| ImportError::Marker(name.to_owned()))?;
-                Ok(Begun { id, fresh: false })
-            }
-            None => Err(ImportError::Interfered(name.to_owned())),
-        },
-        Err(e) => Err(e.into()),
-    }
+    Ok(block_on(Claim::begin(store, name, id))?)
 }
 
-/// Makes the snapshot exist. The marker must be in place before and after: if `volley image gc --incomplete` took it
-/// away in between, packs may be gone, and the manifest must go too.
-fn commit<S: ObjectStore>(store: &S, manifest: &Manifest, begun: &Begun) -> Result<(), ImportError> {
-    let name = &manifest.name;
-    let still_ours = || -> Result<bool, ImportError> {
-        Ok(block_on(marker::read(store, name))?.is_some_and(|m| m.id == Some(begun.id)))
-    };
-    if !still_ours()? {
-        return Err(ImportError::Interfered(name.clone()));
-    }
-    match block_on(store.put_if_absent(&manifest_key(name), &manifest.encode())) {
-        Ok(()) => {}
-        Err(ObjectError::AlreadyExists(_)) => {
-            if begun.fresh {
-                block_on(store.delete(&import_key(name)))?;
-            }
-            return Err(ImportError::NameTaken(name.clone()));
+impl From<ClaimError> for ImportError {
+    fn from(e: ClaimError) -> ImportError {
+        match e {
+            ClaimError::NameTaken(name) => ImportError::NameTaken(name),
+            ClaimError::Interfered(name) => ImportError::Interfered(name),
+            ClaimError::Marker(name) => ImportError::Marker(name),
+            ClaimError::Store(e) => ImportError::Store(e),
         }
-        Err(e) => return Err(e.into()),
     }
-    if !still_ours()? {
-        block_on(store.delete(&manifest_key(name)))?;
-        return Err(ImportError::Interfered(name.clone()));
-    }
-    if let Err(e) = block_on(store.delete(&import_key(name))) {
-        // The snapshot exists; the next garbage collection sees that the marker is stale.
-        tracing::warn!("cannot remove the marker of the finished import {name:?}: {e}");
-    }
-    Ok(())
 }
 
 impl FromStr for ImageFormat {

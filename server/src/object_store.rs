@@ -95,6 +95,11 @@ pub trait ObjectStore: Clone + 'static {
     fn put(&self, key: &str, data: &[u8]) -> impl Future<Output = Result<(), ObjectError>>;
     /// Like `put`, but exactly one of any number of racing callers succeeds.
     fn put_if_absent(&self, key: &str, data: &[u8]) -> impl Future<Output = Result<(), ObjectError>>;
+    /// Whether `put_if_absent` keeps its word. A store without conditional puts looks first, so that two racing callers
+    /// may both succeed. Known after the first `put_if_absent` of a small object.
+    fn puts_once(&self) -> bool {
+        true
+    }
     /// Objects whose key starts with `prefix`, sorted by key.
     fn list(&self, prefix: &str) -> impl Future<Output = Result<Vec<ObjectMeta>, ObjectError>>;
     /// Deleting an absent object succeeds.

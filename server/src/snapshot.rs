@@ -1,13 +1,18 @@
 //! Snapshots: the immutable content of a block device in the object store, as one manifest and packs of chunks.
 //!
 //! This module owns the two object formats (`docs/snapshot.md` is their other half), the object keys, and the coding
-//! of a single chunk: plain synchronous code without I/O. Only [`catalog`] reads and removes objects, through the seam.
+//! of a single chunk: plain synchronous code without I/O. Objects come and go, through the seam, by [`catalog`] (find, load),
+//! [`claim`] (make), [`deletion`] and [`gc`].
 
 pub mod catalog;
 pub mod chunk;
+pub mod claim;
 mod decoder;
+pub mod deletion;
+pub mod gc;
 pub mod manifest;
 pub mod marker;
+pub mod merkle;
 pub mod pack;
 pub mod read;
 

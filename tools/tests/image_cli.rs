@@ -93,8 +93,13 @@ fn an_image_goes_in_and_comes_out_again() {
     let piped = lab.volley(&["image", "export", "b", "-"]);
     assert!(piped.status.success() && piped.stdout == expected);
 
-    assert!(lab.ok(&["image", "delete", "a"]).contains("removed 0 packs"), "b still needs it");
-    assert!(lab.ok(&["image", "delete", "b"]).contains("removed 1 packs"));
+    assert!(lab.ok(&["image", "delete", "a"]).contains("; 0 packs"), "b still needs it");
+    assert!(lab.ok(&["snapshot", "delete", "b"]).contains("; 1 packs"));
+    let text = lab.ok(&["image", "gc"]);
+    assert!(text.contains("removed 0 packs") && text.contains("kept 1 packs"), "{text}");
+    assert!(lab.ok(&["image", "gc", "--dry-run"]).contains("of grace left"));
+    assert!(lab.ok(&["image", "gc", "--grace", "0s", "--dry-run"]).contains("would have removed 1 packs"));
+    assert!(lab.ok(&["snapshot", "gc", "--grace", "0s"]).contains("removed 1 packs"));
     assert!(lab.ok(&["image", "gc"]).contains("removed 0 packs"));
     assert_eq!(lab.ok(&["image", "list", "--json"]).trim(), "[]");
     let left: Vec<_> = fs::read_dir(lab.dir.path()).expect("list").map(|e| e.expect("entry").file_name()).collect();
@@ -131,6 +136,76 @@ fn bad_input_gets_one_line_that_names_it() {
     let error: serde_json::Value = serde_json::from_str(&stderr(&out)).expect("JSON");
     assert_eq!(error["error"]["code"], "unknown_snapshot");
     assert_eq!(out.status.code(), Some(1));
+}
+
+fn json(text: &str) -> serde_json::Value {
+    serde_json::from_str(text).expect("JSON")
+}
+
+#[test]
+fn the_root_is_that_of_the_content() {
+    let lab = Lab::new();
+    lab.file("image", &content());
+    lab.ok(&["image", "import", "image", "--name", "a"]);
+    lab.ok(&["image", "import", "image", "--name", "b"]);
+    lab.ok(&["image", "import", "image", "--name", "c", "--chunk-size", "64KiB"]);
+    let root = |name: &str| json(&lab.ok(&["image", "show", name, "--json"]))["merkle_root"].clone();
+    assert_eq!(root("a"), root("b"));
+    assert_ne!(root("a"), root("c"), "the chunk size is part of it");
+    let verified = json(&lab.ok(&["snapshot", "verify", "a", "--json"]));
+    assert_eq!((&verified["merkle_root"], &verified["good"]), (&root("a"), &serde_json::Value::Bool(true)));
+    let root = root("a").as_str().expect("text").to_owned();
+    assert!(root.len() == 64 && lab.ok(&["image", "verify", "a"]).contains(&root));
+    assert!(lab.ok(&["image", "show", "a"]).contains(&root));
+}
+
+#[test]
+fn usage_and_rewriting_agree_on_what_is_dead() {
+    let lab = Lab::new();
+    let content = content();
+    lab.file("all", &content);
+    lab.file("half", &content[..3_000_000]);
+    lab.ok(&["image", "import", "all", "--name", "all", "--chunk-size", "64KiB"]);
+    lab.ok(&["image", "import", "half", "--name", "half", "--chunk-size", "64KiB"]);
+    let usage = || json(&lab.ok(&["object-store", "usage", "--json"]));
+    let number = |value: &serde_json::Value| value.as_u64().expect("a number");
+    let before = usage();
+    assert_eq!(before["snapshots"][0]["name"], "all");
+    assert_eq!(number(&before["total"]["dead_bytes"]), 0);
+    lab.ok(&["image", "delete", "all"]);
+    let dead = number(&usage()["total"]["dead_bytes"]);
+    assert!(dead > number(&before["total"]["bytes"]) / 4, "{dead} of {before}");
+    assert!(lab.ok(&["object-store", "usage"]).contains("OWN IN SHARED PACKS"));
+    let dry = json(&lab.ok(&["image", "gc", "--rewrite-below", "90%", "--dry-run", "--json"]));
+    assert_eq!((number(&dry["rewritten"]["packs"]), number(&dry["rewritten"]["packs_written"])), (1, 0));
+    let report = json(&lab.ok(&["image", "gc", "--rewrite-below", "90%", "--grace", "0s", "--json"]));
+    assert_eq!(report["rewritten"]["snapshots"], serde_json::json!(["half"]));
+    assert_eq!(report["rewritten"]["bytes_written"], dry["rewritten"]["live_bytes"]);
+    let after = usage();
+    assert_eq!(number(&after["total"]["dead_bytes"]) + number(&after["total"]["condemned_bytes"]), 0, "{after}");
+    lab.ok(&["image", "verify", "half"]);
+    lab.fails(&["image", "gc", "--incomplete", "x"], &["no interrupted import"]);
+    for bad in [&["image", "gc", "--grace", "3"][..], &["image", "gc", "--rewrite-below", "0%"]] {
+        assert_eq!(lab.volley(bad).status.code(), Some(2), "{bad:?}");
+    }
+}
+
+#[test]
+fn a_snapshot_in_use_is_deleted_when_it_is_unused() {
+    let lab = Lab::new();
+    lab.file("image", &content());
+    lab.ok(&["image", "import", "image", "--name", "a"]);
+    fs::create_dir_all(lab.dir.path().join("objects/refs/a")).expect("create");
+    let reference = lab.file("objects/refs/a/node-1", b"node-1\n");
+    lab.fails(&["image", "delete", "a"], &["node-1", "--when-unused"]);
+    assert!(lab.ok(&["image", "delete", "a", "--when-unused"]).contains("node-1"));
+    assert!(lab.ok(&["image", "gc", "--grace", "0s"]).contains("once node node-1"));
+    lab.ok(&["image", "verify", "a"]);
+    assert_eq!(json(&lab.ok(&["image", "show", "a", "--json"]))["to_be_deleted"], true);
+    fs::remove_file(reference).expect("remove");
+    let report = json(&lab.ok(&["image", "gc", "--grace", "0s", "--json"]));
+    assert_eq!((&report["snapshots_deleted"][0], &report["packs_removed"]), (&"a".into(), &1.into()));
+    lab.fails(&["image", "show", "a"], &["no snapshot"]);
 }
 
 #[test]

@@ -60,7 +60,7 @@ pub(super) struct RecordRequest {
 }
 
 pub(super) async fn show(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<Shown>> {
-    let manifest = control.manifest(&name).await?;
+    let manifest = control.manifest_as_it_is(&name).await?;
     let mut sets = control.0.boot_sets.lock().await;
     sets.load(&control).await?;
     Ok(Json(shown(&sets.of(&name), &manifest)))
@@ -72,7 +72,7 @@ pub(super) async fn record(
     Segment(name): Segment,
     Body(request): Body<RecordRequest>,
 ) -> Answer<Json<Shown>> {
-    let manifest = control.manifest(&name).await?;
+    let manifest = control.manifest_as_it_is(&name).await?;
     if request.chunks.is_empty() || request.chunks.len() > CHUNKS_MAX {
         return Err(Problem::invalid(format!("chunks: {} are not 1 to {CHUNKS_MAX}", request.chunks.len())));
     }
@@ -93,7 +93,7 @@ pub(super) async fn record(
 }
 
 pub(super) async fn drop_set(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<Shown>> {
-    let manifest = control.manifest(&name).await?;
+    let manifest = control.manifest_as_it_is(&name).await?;
     let mut sets = control.0.boot_sets.lock().await;
     sets.load(&control).await?;
     control.0.shards.delete_object(boot_set_key(&name)).await?;
@@ -159,7 +159,7 @@ impl Control {
             sets.load(self).await?;
             let set = sets.of(&image);
             drop(sets);
-            if let (false, Ok(manifest)) = (set.is_empty(), self.manifest(&image).await) {
+            if let (false, Ok(manifest)) = (set.is_empty(), self.manifest_as_it_is(&image).await) {
                 self.hand_out(&set, &manifest, false).await?;
             }
         }
@@ -188,7 +188,7 @@ impl Control {
         drop(sets);
         for (snapshot, set) in changed {
             self.0.shards.put_object(boot_set_key(&snapshot.name), set.encode()).await?;
-            let Ok(manifest) = self.manifest(&snapshot.name).await else { continue };
+            let Ok(manifest) = self.manifest_as_it_is(&snapshot.name).await else { continue };
             if manifest.id == snapshot.id {
                 tracing::info!(image = &*snapshot.name, boots = set.boots(), chunks = set.len(), "boot set learned");
                 self.hand_out(&set, &manifest, false).await?;

@@ -97,7 +97,7 @@ pub(super) async fn drop_image(State(control): State<Control>, Segment(image): S
 
 impl Control {
     async fn snapshot(&self, image: &str) -> Answer<SnapshotRef> {
-        Ok(self.manifest(image).await?.reference())
+        Ok(self.manifest_as_it_is(image).await?.reference())
     }
 }
 

@@ -217,7 +217,7 @@ impl Control {
     /// The manifest of what the volume's changes count from, if it is still there.
     async fn base_of(&self, lineage: &VolumeLineage) -> Answer<Option<Manifest>> {
         let Some(base) = &lineage.lineage.base else { return Ok(None) };
-        match self.manifest(&base.name).await {
+        match self.manifest_as_it_is(&base.name).await {
             Ok(manifest) => Ok(Some(manifest).filter(|manifest| manifest.id == base.id)),
             Err(problem) if problem.is(Status::UnknownSnapshot) => Ok(None),
             Err(problem) => Err(problem),

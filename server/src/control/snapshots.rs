@@ -5,6 +5,7 @@ use axum::extract::State;
 use serde::Serialize;
 
 use crate::error::Status;
+use crate::snapshot::deletion::{self, deletion_key};
 use crate::snapshot::{ChunkEntry, MANIFEST_PREFIX, Manifest, manifest_key, reference_prefix};
 
 use super::Control;
@@ -39,7 +40,7 @@ pub(super) async fn list(State(control): State<Control>) -> Answer<Json<Images>>
     let mut images = Vec::with_capacity(objects.len());
     for object in objects {
         let name = object.key.strip_prefix(MANIFEST_PREFIX).unwrap_or_default();
-        match control.manifest(name).await {
+        match control.manifest_as_it_is(name).await {
             Ok(manifest) => images.push(Image::new(&manifest)),
             // One bad or just deleted manifest must not hide the others.
             Err(problem) => tracing::warn!(image = name, error = problem.detail(), "image not listed"),
@@ -49,7 +50,7 @@ pub(super) async fn list(State(control): State<Control>) -> Answer<Json<Images>>
 }
 
 pub(super) async fn show(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<Image>> {
-    let mut image = Image::new(&control.manifest(&name).await?);
+    let mut image = Image::new(&control.manifest_as_it_is(&name).await?);
     let prefix = reference_prefix(&name);
     let references = control.0.shards.list_objects(&prefix).await?;
     image.referenced_by =
@@ -58,8 +59,23 @@ pub(super) async fn show(State(control): State<Control>, Segment(name): Segment)
 }
 
 impl Control {
-    /// Fetches and checks the manifest of a snapshot.
+    /// The manifest of a snapshot that new volumes are to be made of. One that is to be deleted is refused: whoever deletes
+    /// it puts the intention and then looks for references, so the intention is looked for before the manifest.
     pub(super) async fn manifest(&self, name: &str) -> Answer<Manifest> {
+        let intention = match volley_protocol::name::check_name(name) {
+            Ok(()) => self.0.shards.get_object(&deletion_key(name)).await?,
+            Err(_) => None,
+        };
+        let manifest = self.manifest_as_it_is(name).await?;
+        if intention.is_some_and(|intention| deletion::concerns(&intention, manifest.id)) {
+            let detail = format!("snapshot {name:?} is to be deleted: no new volumes are made of it");
+            return Err(Problem::new(Status::Conflict, detail));
+        }
+        Ok(manifest)
+    }
+
+    /// Fetches and checks the manifest of a snapshot.
+    pub(super) async fn manifest_as_it_is(&self, name: &str) -> Answer<Manifest> {
         let unknown = || Problem::new(Status::UnknownSnapshot, format!("no snapshot {name:?} in the object store"));
         if volley_protocol::name::check_name(name).is_err() {
             return Err(unknown());

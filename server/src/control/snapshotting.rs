@@ -152,7 +152,7 @@ impl Control {
         let wanted = names(&request)?;
         for (volume, snapshot) in &wanted {
             self.volume(volume.clone()).await?;
-            if self.manifest(snapshot).await.is_ok() {
+            if self.manifest_as_it_is(snapshot).await.is_ok() {
                 let detail = format!("snapshot {snapshot:?} exists already: choose another name or delete it first");
                 return Err(Problem::new(Status::NameTaken, detail));
             }

@@ -17,13 +17,13 @@ use crate::budget::TokenBucket;
 use crate::datadir::random_bytes;
 use crate::error::{Error, Result, Status};
 use crate::import::{Begun, Captured, Device, Found, ImportError, StoredVolume, begin_snapshot};
+use crate::object_store::ObjectError;
 use crate::object_store::any::StoreChoice;
-use crate::object_store::{ObjectError, ObjectStore};
 use crate::platform::Platform;
 use crate::platform::blocking::{Blocking, ToolStore, open_store};
 use crate::shard::api::{Command, CutVolume, CutWanted, VolumeLineage};
 use crate::shard::changes::ChunkSet;
-use crate::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, manifest_key};
+use crate::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, deletion};
 use crate::types::{Changed, SnapshotRef};
 
 use super::shards::Shards;
@@ -262,7 +262,7 @@ fn commit_all(store: &ToolStore, begun: &[Begun], stored: &[StoredVolume]) -> Re
     for (at, (begun, one)) in begun.iter().zip(stored).enumerate() {
         if let Err(error) = begun.commit(store, &one.manifest) {
             for made in &stored[..at] {
-                if let Err(error) = block_on(store.delete(&manifest_key(&made.manifest.name))) {
+                if let Err(error) = block_on(deletion::delete(store, &Blocking, &made.manifest.name, true)) {
                     tracing::warn!(snapshot = made.manifest.name, %error, "a snapshot of a group that failed stays behind");
                 }
             }

@@ -3,10 +3,10 @@
 use hashbrown::HashMap;
 
 use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
+use crate::snapshot::claim::StoredPacks;
 use crate::snapshot::pack::HEADER_BYTES;
 use crate::snapshot::{
-    CatalogError, ChunkEntry, Encoding, Manifest, PACK_PREFIX, PackIndex, PackedChunk, catalog, pack_prefix,
-    parse_pack_key,
+    CatalogError, ChunkEntry, Encoding, Manifest, PackIndex, PackedChunk, catalog, pack_prefix, parse_pack_key,
 };
 
 /// Where a known chunk is.
@@ -43,31 +43,28 @@ impl KnownChunks {
         let mut prefixes = std::collections::BTreeSet::from([pack_prefix(import_id)]);
         let keys = manifests.iter().flat_map(|manifest| manifest.pack_keys());
         prefixes.extend(keys.filter_map(|key| parse_pack_key(key)).map(|(id, _)| pack_prefix(id)));
-        let mut listed = Vec::new();
-        for prefix in prefixes {
-            listed.extend(store.list(&prefix).await?);
-        }
-        let sizes: HashMap<&str, u64> = listed.iter().map(|o| (o.key.as_str(), o.size_bytes)).collect();
+        let stored = StoredPacks::under(store, prefixes).await?;
+        let sizes = stored.reusable();
         manifests.iter().for_each(|manifest| known.add_manifest(manifest, &sizes));
-        known.add_own_packs(store, &listed, import_id).await?;
+        known.add_own_packs(store, &stored.listed, import_id).await?;
         Ok(known)
     }
 
     /// Collects what the store holds. Damaged manifests and packs are noted and not used.
     pub(super) async fn load<S: ObjectStore>(store: &S, import_id: u128) -> Result<KnownChunks, CatalogError> {
         let mut known = KnownChunks::default();
-        // Sizes, so that no chunk is taken from a pack that is gone or truncated.
-        let listed = store.list(PACK_PREFIX).await?;
-        let sizes: HashMap<&str, u64> = listed.iter().map(|o| (o.key.as_str(), o.size_bytes)).collect();
+        // Sizes, so that no chunk is taken from a pack that is gone, condemned or truncated.
+        let stored = StoredPacks::load(store).await?;
+        let (listed, sizes) = (&stored.listed, stored.reusable());
         for name in catalog::names(store).await? {
             match catalog::load(store, &name).await {
                 Ok(manifest) => known.add_manifest(&manifest, &sizes),
                 Err(e @ CatalogError::Store(_)) => return Err(e),
-                Err(CatalogError::Unknown(_)) => {}
+                Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => {}
                 Err(e) => known.notes.push(format!("shares no chunks with a damaged snapshot: {e}")),
             }
         }
-        known.add_own_packs(store, &listed, import_id).await?;
+        known.add_own_packs(store, listed, import_id).await?;
         Ok(known)
     }
 

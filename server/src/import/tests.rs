@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::object_store::dir::DirStore;
 use crate::object_store::{ObjectBytes, ObjectMeta};
-use crate::snapshot::{ChunkEntry, IMPORT_PREFIX, PACK_PREFIX, catalog, read};
+use crate::snapshot::{ChunkEntry, IMPORT_PREFIX, PACK_PREFIX, catalog, deletion, gc, read};
 
 const CHUNK: usize = 64 << 10;
 /// Noise of this length fills one pack and begins a second.
@@ -283,8 +283,10 @@ fn an_import_stopped_at_any_step_leaves_no_snapshot_and_can_be_resumed() {
         assert_eq!(first.is_ok(), committed, "{puts}");
         if committed {
             assert_eq!(lab.export("a"), content);
-            block_on(catalog::collect(&lab.store, None)).unwrap();
-            assert!(lab.keys(IMPORT_PREFIX).is_empty(), "a stale marker is removed");
+            assert!(
+                block_on(gc::open_imports(&lab.store)).unwrap().is_empty(),
+                "a marker that was left blocks nothing"
+            );
             // Marker, two packs, manifest; then only the removal of the marker is left to fail.
             assert!(puts >= 4, "{puts}");
             if puts > 4 {
@@ -299,6 +301,24 @@ fn an_import_stopped_at_any_step_leaves_no_snapshot_and_can_be_resumed() {
         let used: Vec<String> = lab.manifest("a").pack_keys().to_vec();
         assert_eq!(lab.keys(PACK_PREFIX).len(), used.len(), "no chunk is stored twice");
     }
+}
+
+#[test]
+fn chunks_of_condemned_packs_are_stored_again() {
+    let lab = Lab::new();
+    let image = lab.file("image", &mixed());
+    lab.import(&image, "a").unwrap();
+    let manifest = block_on(lab.store.get("snapshots/a")).unwrap();
+    block_on(deletion::delete(&lab.store, &Blocking, "a", false)).unwrap();
+    // As it is for an import that lists manifests in the middle of a deletion.
+    block_on(lab.store.put("snapshots/a", &manifest)).unwrap();
+    lab.import(&image, "b").unwrap();
+    assert_eq!(lab.keys(PACK_PREFIX).len(), 2, "nothing is shared");
+    block_on(lab.store.delete("snapshots/a")).unwrap();
+    let options = gc::GcOptions { grace: std::time::Duration::ZERO, ..Default::default() };
+    assert_eq!(block_on(gc::collect(&lab.store, &Blocking, &options)).unwrap().packs_removed, 1);
+    assert_eq!(lab.keys(PACK_PREFIX), lab.manifest("b").pack_keys());
+    assert_eq!(lab.export("b"), padded(mixed()));
 }
 
 #[test]

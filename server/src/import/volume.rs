@@ -4,18 +4,15 @@ use futures::executor::block_on;
 use volley_protocol::name::check_name;
 
 use super::known::KnownChunks;
-use super::{ChunkCounts, Device, ImportError, PackError, Packing, begin, commit, named, pack_chunks, refuse_taken};
+use super::{ChunkCounts, Device, ImportError, PackError, Packing, begin, named, pack_chunks, refuse_taken};
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::platform::blocking::Blocking;
+use crate::snapshot::claim::Claim;
 use crate::snapshot::{Manifest, SnapshotInfo};
 
 /// An import with its marker in place: garbage collection leaves alone what was listed since.
-pub(crate) struct Begun {
-    pub(super) id: u128,
-    /// This run made the marker.
-    pub(super) fresh: bool,
-}
+pub(crate) struct Begun(Claim);
 
 /// What becomes a snapshot.
 pub(crate) struct Captured<'a, D> {
@@ -42,22 +39,20 @@ pub(crate) struct StoredVolume {
 pub(crate) fn begin_snapshot<S: ObjectStore>(store: &S, name: &str) -> Result<Begun, ImportError> {
     check_name(name).map_err(ImportError::Invalid)?;
     refuse_taken(store, name)?;
-    begin(store, name)
+    begin(store, name).map(Begun)
 }
 
 impl Begun {
     /// Takes the marker back, where nothing was stored.
     pub(crate) fn abandon<S: ObjectStore>(&self, store: &S, name: &str) {
-        if self.fresh
-            && let Err(error) = block_on(store.delete(&crate::snapshot::import_key(name)))
-        {
+        if let Err(error) = block_on(self.0.abandon(store)) {
             tracing::warn!(snapshot = name, %error, "the marker of a snapshot that was not taken stays behind");
         }
     }
 
     /// Makes the snapshot exist.
     pub(crate) fn commit<S: ObjectStore>(&self, store: &S, manifest: &Manifest) -> Result<(), ImportError> {
-        commit(store, manifest, self)
+        Ok(block_on(self.0.commit(store, manifest))?)
     }
 
     /// Stores what is new of it.
@@ -68,17 +63,17 @@ impl Begun {
         progress: &impl Fn(u64, u64),
     ) -> Result<StoredVolume, ImportError> {
         let known = match captured.look_everywhere {
-            true => block_on(KnownChunks::load(store, self.id))?,
-            false => block_on(KnownChunks::of(store, captured.builds_on, self.id))?,
+            true => block_on(KnownChunks::load(store, self.0.id))?,
+            false => block_on(KnownChunks::of(store, captured.builds_on, self.0.id))?,
         };
         let threads = Some(captured.threads);
-        let plan = Packing { id: self.id, chunk_bytes: captured.chunk_bytes, threads };
+        let plan = Packing { id: self.0.id, chunk_bytes: captured.chunk_bytes, threads };
         let packed = pack_chunks(store, &plan, captured.device, &known, progress).map_err(|e| match e {
             PackError::Unreadable(_, e) => ImportError::Volume { volume: captured.name.clone(), why: e.to_string() },
             PackError::Import(e) => named(e, &captured.name),
         })?;
         let info = SnapshotInfo {
-            id: self.id,
+            id: self.0.id,
             name: captured.name.clone(),
             size_bytes: captured.device.device_bytes(),
             chunk_bytes: captured.chunk_bytes,

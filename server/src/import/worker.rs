@@ -47,7 +47,8 @@ impl<'a, D: Device> Worker<'a, D> {
                 let known = self.known.get(&digest).map(|known| Chunk::Known(known, digest));
                 return known.ok_or_else(|| {
                     io::Error::other(
-                        "the pack of an unchanged chunk is gone from the object store: volley snapshot verify",
+                        "the pack of an unchanged chunk is gone from the object store, or about to go: take the snapshot \
+                         again; if that does not help: volley snapshot verify",
                     )
                 });
             }

@@ -111,6 +111,10 @@ impl<P: Platform, T: HttpTransport> ObjectStore for AnyStore<P, T> {
         on_either!(self, store => store.put_if_absent(key, data).await)
     }
 
+    fn puts_once(&self) -> bool {
+        on_either!(self, store => store.puts_once())
+    }
+
     async fn list(&self, prefix: &str) -> Result<Vec<ObjectMeta>, ObjectError> {
         on_either!(self, store => store.list(prefix).await)
     }

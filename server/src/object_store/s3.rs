@@ -141,6 +141,10 @@ impl<P: Platform, T: HttpTransport> ObjectStore for S3Store<P, T> {
         Ok(self.put_new(&key, data).await?)
     }
 
+    fn puts_once(&self) -> bool {
+        self.honours_conditional_put() == Some(true)
+    }
+
     async fn list(&self, prefix: &str) -> Result<Vec<ObjectMeta>, ObjectError> {
         Ok(self.list_all(prefix).await?)
     }

@@ -1,23 +1,10 @@
-//! Whole snapshots in an object store: find, load, delete, collect what nothing references.
-//!
-//! Deleting races with imports (which reuse chunks of snapshots they have seen) and with nodes (which create volumes). The rules:
-//! an import puts its marker before it lists manifests; a node puts its reference before it reads the manifest; so whoever
-//! removes a manifest looks for references afterwards, and whoever removes packs looks for markers before and after it
-//! has read all manifests.
+//! Whole snapshots in an object store: find them, load them, and why something can't be done with them.
 
-use hashbrown::HashSet;
 use thiserror::Error;
 use volley_protocol::name::check_name;
 
-use super::{
-    MANIFEST_PREFIX, Manifest, ManifestError, PACK_PREFIX, import_key, manifest_key, marker, parse_pack_key,
-    reference_prefix,
-};
-use crate::bootset::boot_set_key;
-use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
-
-/// Collection starts again when imports or deletions change the manifests under it; never longer than this.
-const COLLECT_ATTEMPTS: usize = 5;
+use super::{MANIFEST_PREFIX, Manifest, ManifestError, manifest_key, marker};
+use crate::object_store::{ObjectError, ObjectStore};
 
 /// Why an operation on snapshots failed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -38,28 +25,31 @@ pub enum CatalogError {
     #[error("snapshot {name:?}: its manifest is of {found:?}")]
     Misplaced { name: String, found: String },
     #[error(
-        "snapshot {name:?} is needed by volumes of node {}: wait until they are hydrated, or delete them",
+        "snapshot {name:?} is needed by volumes of node {}: wait until they are hydrated, delete them, or have it \
+         deleted after them with --when-unused",
         nodes.join(", ")
     )]
     Referenced { name: String, nodes: Vec<String> },
+    #[error(
+        "node {} began to need snapshot {name:?} just now: 'volley image gc' deletes it once it is unused",
+        nodes.join(", ")
+    )]
+    Announced { name: String, nodes: Vec<String> },
+    #[error("packs of snapshot {0:?} are being rewritten: 'volley image gc' deletes it after that")]
+    Rewriting(String),
     #[error("cannot tell which packs are garbage: {0}; delete that snapshot or restore its manifest first")]
     Unreadable(Box<CatalogError>),
-    #[error("imports or deletions go on in the object store: collect garbage again when they are done")]
-    Busy,
+    #[error("cannot tell which packs are condemned: object {key}: {why}; delete it, then collect garbage again")]
+    Condemned { key: String, why: String },
+    #[error(
+        "the object store cannot put an object only if it is absent, without which rewriting packs may overwrite what \
+         others do: collect without --rewrite-below"
+    )]
+    NoConditionalPut,
+    #[error("rewriting took longer than {0} hours, so others may believe it dead: run it again, it goes on from there")]
+    TooSlow(u64),
     #[error(transparent)]
     Store(#[from] ObjectError),
-}
-
-/// What a garbage collection did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Collected {
-    pub packs_removed: u64,
-    pub bytes_removed: u64,
-    /// Packs that nothing references and that were kept because of `imports_open`.
-    pub packs_kept: u64,
-    pub bytes_kept: u64,
-    /// Names of imports that are running or were interrupted.
-    pub imports_open: Vec<String>,
 }
 
 /// Reads and checks the manifest of the snapshot `name`.
@@ -80,105 +70,8 @@ pub async fn names<S: ObjectStore>(store: &S) -> Result<Vec<String>, CatalogErro
     Ok(names.filter(|name| check_name(name).is_ok()).map(str::to_owned).collect())
 }
 
-/// Deletes a snapshot, then the packs that only it referenced. Also deletes one whose manifest is damaged.
-///
-/// # Errors
-/// `Referenced` while a node needs it; it exists unchanged then. After `Unreadable`, `Busy` or a `Store` error
-/// of the collection the snapshot is gone and packs may be left for [`collect`].
-pub async fn delete<S: ObjectStore>(store: &S, name: &str) -> Result<Collected, CatalogError> {
-    let bytes = load_bytes(store, name).await?;
-    refuse_referenced(store, name).await?;
-    store.delete(&manifest_key(name)).await?;
-    // A node may have put its reference after the first look and read the manifest before it went.
-    if let Err(referenced) = refuse_referenced(store, name).await {
-        return match store.put_if_absent(&manifest_key(name), &bytes).await {
-            Ok(()) | Err(ObjectError::AlreadyExists(_)) => Err(referenced),
-            Err(e) => Err(e.into()),
-        };
-    }
-    store.delete(&boot_set_key(name)).await?;
-    let Ok(manifest) = decode(name, &bytes) else { return Ok(Collected::default()) };
-    let own: HashSet<&str> = manifest.pack_keys().iter().map(String::as_str).collect();
-    let packs = store.list(PACK_PREFIX).await?;
-    remove_unreferenced(store, packs.into_iter().filter(|p| own.contains(p.key.as_str())).collect()).await
-}
-
-/// Removes every pack that no manifest references. While imports are open, their packs can't be told from garbage, so
-/// nothing is removed. `drop_import` gives up the interrupted import of that name first.
-///
-/// # Errors
-/// See [`CatalogError`].
-pub async fn collect<S: ObjectStore>(store: &S, drop_import: Option<&str>) -> Result<Collected, CatalogError> {
-    if let Some(name) = drop_import {
-        check_name(name).map_err(CatalogError::Name)?;
-        if marker::read(store, name).await?.is_none() {
-            return Err(CatalogError::NoImport(name.to_owned()));
-        }
-        store.delete(&import_key(name)).await?;
-    }
-    // Packs listed before anything else: those of an import that begins later are not even candidates.
-    let packs = store.list(PACK_PREFIX).await?;
-    remove_unreferenced(store, packs.into_iter().filter(|p| parse_pack_key(&p.key).is_some()).collect()).await
-}
-
-async fn remove_unreferenced<S: ObjectStore>(
-    store: &S,
-    candidates: Vec<ObjectMeta>,
-) -> Result<Collected, CatalogError> {
-    for _ in 0..COLLECT_ATTEMPTS {
-        let open_before = open_imports(store).await?;
-        let seen = names(store).await?;
-        let referenced = referenced_packs(store, &seen).await?;
-        let garbage: Vec<&ObjectMeta> = candidates.iter().filter(|p| !referenced.contains(&p.key)).collect();
-        if open_before != open_imports(store).await? || seen != names(store).await? {
-            continue;
-        }
-        let (packs, bytes) = (garbage.len() as u64, garbage.iter().map(|p| p.size_bytes).sum());
-        if !open_before.is_empty() {
-            let kept = Collected { packs_kept: packs, bytes_kept: bytes, ..Collected::default() };
-            return Ok(Collected { imports_open: open_before, ..kept });
-        }
-        let keys: Vec<&str> = garbage.iter().map(|pack| pack.key.as_str()).collect();
-        store.delete_all(&keys).await?;
-        return Ok(Collected { packs_removed: packs, bytes_removed: bytes, ..Collected::default() });
-    }
-    Err(CatalogError::Busy)
-}
-
-/// Imports with a marker, less those whose snapshot exists: they only failed to remove the marker, which is done here.
-async fn open_imports<S: ObjectStore>(store: &S) -> Result<Vec<String>, CatalogError> {
-    let mut open = Vec::new();
-    for marker in marker::list(store).await? {
-        match load(store, &marker.name).await {
-            Ok(manifest) if marker.id == Some(manifest.id) => store.delete(&import_key(&marker.name)).await?,
-            _ => open.push(marker.name),
-        }
-    }
-    Ok(open)
-}
-
-async fn referenced_packs<S: ObjectStore>(store: &S, names: &[String]) -> Result<HashSet<String>, CatalogError> {
-    let mut referenced = HashSet::new();
-    for name in names {
-        match load(store, name).await {
-            Ok(manifest) => referenced.extend(manifest.pack_keys().iter().cloned()),
-            // Deleted meanwhile; the caller compares the lists.
-            Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => {}
-            Err(e @ CatalogError::Store(_)) => return Err(e),
-            Err(e) => return Err(CatalogError::Unreadable(Box::new(e))),
-        }
-    }
-    Ok(referenced)
-}
-
-async fn refuse_referenced<S: ObjectStore>(store: &S, name: &str) -> Result<(), CatalogError> {
-    let prefix = reference_prefix(name);
-    let references = store.list(&prefix).await?;
-    let nodes: Vec<String> = references.iter().map(|o| o.key[prefix.len()..].to_owned()).collect();
-    if nodes.is_empty() { Ok(()) } else { Err(CatalogError::Referenced { name: name.to_owned(), nodes }) }
-}
-
-async fn load_bytes<S: ObjectStore>(store: &S, name: &str) -> Result<Vec<u8>, CatalogError> {
+/// The bytes of a manifest, which may be damaged.
+pub(super) async fn load_bytes<S: ObjectStore>(store: &S, name: &str) -> Result<Vec<u8>, CatalogError> {
     check_name(name).map_err(CatalogError::Name)?;
     match store.get(&manifest_key(name)).await {
         Ok(bytes) => Ok(bytes),
@@ -200,4 +93,32 @@ fn decode(name: &str, bytes: &[u8]) -> Result<Manifest, CatalogError> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use futures::executor::block_on;
+
+    use super::*;
+    use crate::object_store::dir::DirStore;
+    use crate::platform::blocking::Blocking;
+    use crate::snapshot::{ChunkEntry, SnapshotInfo};
+
+    #[test]
+    fn a_manifest_under_another_name_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = block_on(DirStore::open(Blocking, dir.path())).unwrap();
+        let info = SnapshotInfo {
+            id: 1,
+            name: "a".to_owned(),
+            size_bytes: 65536,
+            chunk_bytes: 65536,
+            parent: None,
+            created_unix_ms: 1,
+        };
+        let bytes = Manifest::new(info, Vec::new(), &[ChunkEntry::Zero]).unwrap().encode();
+        block_on(store.put("snapshots/b", &bytes)).unwrap();
+        let error = block_on(load(&store, "b")).unwrap_err();
+        assert_eq!(error, CatalogError::Misplaced { name: "b".to_owned(), found: "a".to_owned() });
+        assert!(matches!(block_on(load(&store, "../b")), Err(CatalogError::Name(_))));
+        assert_eq!(block_on(load(&store, "c")), Err(CatalogError::Unknown("c".to_owned())));
+        assert_eq!(block_on(names(&store)).unwrap(), ["b"]);
+    }
+}

@@ -5,7 +5,9 @@ use std::time::Duration;
 use futures::executor::block_on;
 use volley_server::bootstrap;
 use volley_server::object_store::{ObjectError, ObjectStore};
-use volley_server::snapshot::{catalog, read};
+use volley_server::platform::blocking::Blocking;
+use volley_server::snapshot::gc::{GcOptions, collect};
+use volley_server::snapshot::{catalog, deletion, read};
 use volley_server::types::HydrationRate;
 
 use crate::lab::{IMAGE_BYTES, Lab, attached, counter, stop, wait_hydrated};
@@ -81,7 +83,9 @@ fn deleting_and_collecting_empties_the_bucket() {
     let lab = Lab::new();
     lab.import("debian").expect("import");
     assert!(!files_below(&lab.server.bucket()).is_empty());
-    let collected = block_on(catalog::delete(&lab.store(), "debian")).unwrap();
+    block_on(deletion::delete(&lab.store(), &Blocking, "debian", false)).unwrap();
+    let options = GcOptions { grace: Duration::ZERO, ..GcOptions::default() };
+    let collected = block_on(collect(&lab.store(), &Blocking, &options)).unwrap();
     assert_eq!(collected.packs_removed, 1);
     assert!(files_below(&lab.server.bucket()).is_empty(), "{:?}", files_below(&lab.server.bucket()));
 }

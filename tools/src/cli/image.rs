@@ -8,8 +8,7 @@ use futures::executor::block_on;
 use serde_json::{Value, json};
 use volley_server::import::{self, ImageFormat, ImportError, ImportOptions, ImportReport};
 use volley_server::platform::blocking::ToolStore;
-use volley_server::snapshot::catalog::{self, Collected};
-use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, read};
+use volley_server::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, deletion, merkle, read};
 
 use super::{CliError, CliResult, Globals, Table, objects, print_json, print_line};
 use crate::units::{format_duration, format_size, parse_size};
@@ -18,6 +17,7 @@ pub(super) use progress::Progress;
 
 mod create;
 mod export;
+mod gc;
 mod progress;
 
 /// More threads than this only fight over the disk.
@@ -61,17 +61,10 @@ pub enum ImageCommand {
         #[command(flatten)]
         parallel: ParallelArgs,
     },
-    /// Delete a snapshot and what only it references.
-    Delete {
-        /// Name of the snapshot.
-        name: String,
-    },
-    /// Remove packs that no snapshot references.
-    Gc {
-        /// First give up the interrupted import of this name.
-        #[arg(long, value_name = "NAME")]
-        incomplete: Option<String>,
-    },
+    /// Delete a snapshot. What only it references is removed by `volley image gc`, after its grace period.
+    Delete(gc::DeleteArgs),
+    /// Carry out intended deletions and remove packs that no snapshot references.
+    Gc(gc::GcArgs),
 }
 
 #[derive(Debug, Args)]
@@ -120,11 +113,8 @@ pub fn run(globals: &Globals, command: ImageCommand) -> CliResult {
             let manifest = block_on(catalog::load(&store, &name))?;
             export::run(globals, &store, &manifest, &out, force, parallel.threads())
         }
-        ImageCommand::Delete { name } => delete(globals, &name),
-        ImageCommand::Gc { incomplete } => {
-            let collected = block_on(catalog::collect(&objects::open(globals)?, incomplete.as_deref()))?;
-            report_collected(globals, &collected, "")
-        }
+        ImageCommand::Delete(args) => gc::delete(globals, &args),
+        ImageCommand::Gc(args) => gc::collect(globals, args),
     }
 }
 
@@ -206,12 +196,17 @@ fn list(globals: &Globals) -> CliResult {
 }
 
 fn show(globals: &Globals, name: &str) -> CliResult {
-    let manifest = block_on(catalog::load(&objects::open(globals)?, name))?;
+    let store = objects::open(globals)?;
+    let manifest = block_on(catalog::load(&store, name))?;
+    let intention = block_on(deletion::intention(&store, name))?;
+    let to_be_deleted = intention.is_some_and(|intention| deletion::concerns(&intention, manifest.id));
     let summary = Summary::of(&manifest);
     if globals.json {
-        return print_json(&summary.json());
+        let mut value = summary.json();
+        value["to_be_deleted"] = json!(to_be_deleted);
+        return print_json(&value);
     }
-    let lines = [
+    let mut lines = vec![
         format!("name       {}", summary.name),
         format!("id         {}", summary.id),
         format!("size       {} ({} bytes)", format_size(summary.size_bytes), summary.size_bytes),
@@ -221,7 +216,11 @@ fn show(globals: &Globals, name: &str) -> CliResult {
         format!("stored     {} in {} packs", format_size(summary.stored_bytes), summary.packs),
         format!("parent     {}", summary.parent.as_deref().unwrap_or("none")),
         format!("created    {} (Unix time in ms)", summary.created_unix_ms),
+        format!("root       {}", summary.merkle_root),
     ];
+    if to_be_deleted {
+        lines.push("deletion   when no node needs it: no new volumes are made of it".to_owned());
+    }
     print_line(&lines.join("\n"))
 }
 
@@ -231,8 +230,13 @@ fn verify(globals: &Globals, name: &str, parallel: &ParallelArgs) -> CliResult {
     let progress = Progress::start("verify", globals.json);
     let verified = read::verify(&store, &manifest, parallel.threads(), |done, total| progress.update(done, total))?;
     progress.finish();
+    let root = hex(&merkle::root(&manifest));
     if globals.json {
-        print_json(&verified)?;
+        let mut value = json!(verified);
+        value["name"] = json!(name);
+        value["good"] = json!(verified.bad.is_empty());
+        value["merkle_root"] = json!(root);
+        print_json(&value)?;
     } else if !verified.bad.is_empty() {
         for bad in verified.bad.iter().take(BAD_CHUNKS_SHOWN) {
             print_line(&format!("bad: {bad}"))?;
@@ -247,41 +251,12 @@ fn verify(globals: &Globals, name: &str, parallel: &ParallelArgs) -> CliResult {
         return Ok(());
     }
     let (data, read) = (verified.chunks - verified.zero_chunks, format_size(verified.stored_bytes));
-    print_line(&format!("snapshot {name:?} is good: {data} chunks read ({read}), {} zero", verified.zero_chunks))
+    print_line(&format!("snapshot {name:?} is good: {data} chunks read ({read}), {} zero", verified.zero_chunks))?;
+    print_line(&format!("root {root}"))
 }
 
-fn delete(globals: &Globals, name: &str) -> CliResult {
-    let collected = match block_on(catalog::delete(&objects::open(globals)?, name)) {
-        Ok(collected) => collected,
-        // The snapshot is gone: that its packs could not be told from garbage is not a failure to delete it.
-        Err(e @ (CatalogError::Unreadable(_) | CatalogError::Busy)) => {
-            let e = CliError::from(e);
-            return Err(CliError::new(
-                e.code,
-                format!("snapshot {name:?} is deleted, its packs are not: {}", e.message),
-            ));
-        }
-        Err(e) => return Err(e.into()),
-    };
-    report_collected(globals, &collected, &format!("deleted snapshot {name:?}; "))
-}
-
-fn report_collected(globals: &Globals, collected: &Collected, before: &str) -> CliResult {
-    if globals.json {
-        return print_json(collected);
-    }
-    let removed = format_size(collected.bytes_removed);
-    print_line(&format!("{before}removed {} packs ({removed})", collected.packs_removed))?;
-    if collected.imports_open.is_empty() {
-        return Ok(());
-    }
-    print_line(&format!(
-        "kept {} unreferenced packs ({}), because imports are running or were interrupted: {}; finish them, or drop \
-         one with 'volley image gc --incomplete NAME', then run 'volley image gc'",
-        collected.packs_kept,
-        format_size(collected.bytes_kept),
-        collected.imports_open.join(", ")
-    ))
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What is told of a snapshot.
@@ -297,6 +272,7 @@ struct Summary {
     packs: usize,
     parent: Option<String>,
     created_unix_ms: u64,
+    merkle_root: String,
 }
 
 impl Summary {
@@ -323,6 +299,7 @@ impl Summary {
             packs: m.pack_keys().len(),
             parent: m.parent.clone(),
             created_unix_ms: m.created_unix_ms,
+            merkle_root: hex(&merkle::root(m)),
         }
     }
 
@@ -339,6 +316,7 @@ impl Summary {
             "packs": self.packs,
             "parent": self.parent,
             "created_unix_ms": self.created_unix_ms,
+            "merkle_root": self.merkle_root,
         })
     }
 }
@@ -355,9 +333,15 @@ impl From<CatalogError> for CliError {
         let code = match &e {
             CatalogError::Name(_) => "invalid",
             CatalogError::Unknown(_) | CatalogError::NoImport(_) => "unknown_snapshot",
-            CatalogError::Incomplete(_) | CatalogError::Referenced { .. } => "conflict",
-            CatalogError::Manifest { .. } | CatalogError::Misplaced { .. } | CatalogError::Unreadable(_) => "corrupt",
-            CatalogError::Busy => "busy",
+            CatalogError::Incomplete(_) | CatalogError::Referenced { .. } | CatalogError::Announced { .. } => {
+                "conflict"
+            }
+            CatalogError::Manifest { .. }
+            | CatalogError::Misplaced { .. }
+            | CatalogError::Unreadable(_)
+            | CatalogError::Condemned { .. } => "corrupt",
+            CatalogError::Rewriting(_) | CatalogError::TooSlow(_) => "busy",
+            CatalogError::NoConditionalPut => "unsupported",
             CatalogError::Store(_) => "object_store",
         };
         CliError::new(code, e.to_string())

@@ -1,4 +1,4 @@
-//! `volley object-store check`: what an object store supports and how fast it is, as seen from this machine.
+//! `volley object-store …`. `check`: what an object store supports and how fast it is, as seen from this machine.
 //!
 //! It writes trial objects under `trial/`, reads them back, and removes them. Exit code 0: everything that Volley needs is
 //! there; 1: something is missing or the store can't be used.
@@ -18,6 +18,7 @@ use super::{CliError, CliResult, Globals, Table, objects, print_json, print_line
 
 mod features;
 mod speed;
+mod usage;
 
 use features::Feature;
 use speed::{Latency, Throughput};
@@ -26,6 +27,8 @@ use speed::{Latency, Throughput};
 pub enum ObjectStoreCommand {
     /// Try what Volley needs of the object store, and measure it. Leaves nothing behind.
     Check,
+    /// Show what each snapshot takes of it, what is garbage, and what would be freed.
+    Usage,
 }
 
 #[derive(Serialize)]
@@ -43,7 +46,13 @@ struct Report {
 /// # Errors
 /// What is missing, or why the store can't be used.
 pub fn run(globals: &Globals, command: ObjectStoreCommand) -> CliResult {
-    let ObjectStoreCommand::Check = command;
+    match command {
+        ObjectStoreCommand::Check => check(globals),
+        ObjectStoreCommand::Usage => usage::run(globals),
+    }
+}
+
+fn check(globals: &Globals) -> CliResult {
     let begun = Instant::now();
     let store = objects::open_or_create(globals)?;
     let prefix = format!("{TRIAL_PREFIX}{:016x}/", Blocking.random_u64());

@@ -97,6 +97,7 @@ fn images_are_listed_shown_and_deleted() {
 
     site.volley(&["image", "delete", "alpine"]).success();
     site.volley(&["image", "delete", "debian-12"]).success();
+    site.volley(&["image", "gc", "--grace", "0s"]).success();
     assert!(disk_bytes(&site.objects()) < MIB, "packs of deleted images are left");
 }
 
@@ -131,10 +132,17 @@ fn an_image_is_protected_while_a_volume_needs_it() {
     site.volley(&["image", "delete", "debian-12"]).fails_naming(&["debian-12"]);
     site.volley(&["image", "verify", "debian-12"]).success();
 
+    // Announced: no new volumes, and the ones that are there go on.
+    site.volley(&["image", "delete", "debian-12", "--when-unused"]).success();
+    node.volley(&site, &["volume", "create", "--snapshot", "debian-12", "--name", "web-9"])
+        .fails_naming(&["debian-12", "to be deleted"]);
     node.volley(&site, &["volume", "set", "web-0", "--rate", "unlimited"]).success();
     node.wait_hydrated(&site, "web-0", "60s");
     // The node drops its reference on its own, some seconds after the last volume that needed it.
-    eventually("the deletion of the image", || site.volley(&["image", "delete", "debian-12"]).code == 0);
+    eventually("the deletion of the image", || {
+        site.volley(&["image", "gc"]).success();
+        site.volley(&["image", "show", "debian-12"]).code != 0
+    });
 }
 
 /// Bytes that a file, or a folder with all in it, occupies on disk.

@@ -3,6 +3,9 @@
 use crate::bootset::BOOT_SET_PREFIX;
 use crate::object_store::ObjectError;
 use crate::platform::Platform;
+use crate::snapshot::deletion::DELETION_PREFIX;
+use crate::snapshot::gc::condemned::CONDEMNED_PREFIX;
+use crate::snapshot::gc::rewrite::LEASE_PREFIX;
 use crate::snapshot::{IMPORT_PREFIX, MANIFEST_PREFIX, PACK_PREFIX, REFERENCE_PREFIX};
 
 use super::S3Store;
@@ -29,7 +32,17 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
             )),
             error => error,
         })?;
-        let ours = [BOOT_SET_PREFIX, IMPORT_PREFIX, MANIFEST_PREFIX, PACK_PREFIX, REFERENCE_PREFIX, TRIAL_PREFIX];
+        let ours = [
+            BOOT_SET_PREFIX,
+            CONDEMNED_PREFIX,
+            DELETION_PREFIX,
+            IMPORT_PREFIX,
+            LEASE_PREFIX,
+            MANIFEST_PREFIX,
+            PACK_PREFIX,
+            REFERENCE_PREFIX,
+            TRIAL_PREFIX,
+        ];
         let mut names = page.common_prefixes.iter().map(|group| group.prefix.as_str());
         let name_of = |full: &str| full.strip_prefix(&self.inner.prefix).unwrap_or(full).to_owned();
         let is_ours = |full: &str| ours.contains(&name_of(full).as_str());
