@@ -33,6 +33,7 @@ use crate::object_store::any::StoreChoice;
 use crate::platform::blocking::Blocking;
 use crate::shard::{BASE_DIR, STAGING_DIR};
 use crate::types::VolumeState;
+use crate::upload;
 use content::Snapshots;
 pub use finding::{Finding, Kind, Severity};
 
@@ -175,6 +176,7 @@ impl Checker<'_> {
             } else if name != JOURNAL_DIR
                 && name != datadir::CACHE_DIR
                 && name != batch::BATCHES_DIR
+                && name != upload::UPLOADS_DIR
                 && !known.contains(&name.as_str())
                 && !stores.contains(&path)
             {

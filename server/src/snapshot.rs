@@ -1,11 +1,13 @@
 //! Snapshots: the immutable content of a block device in the object store, as one manifest and packs of chunks.
 //!
 //! This module owns the two object formats (`docs/snapshot.md` is their other half), the object keys, and the coding
-//! of a single chunk: plain synchronous code without I/O. Only [`catalog`] reads and removes objects, through the seam.
+//! of a single chunk: plain synchronous code without I/O. Only [`catalog`] and [`read`] know object stores, through the seam.
 
 pub mod catalog;
 pub mod chunk;
 mod decoder;
+pub mod diff;
+pub mod draft;
 pub mod manifest;
 pub mod marker;
 pub mod pack;

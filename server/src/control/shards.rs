@@ -1,5 +1,6 @@
 //! Asking the shards: commands over flume, replies awaited on the control thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -81,7 +82,16 @@ impl Shards {
 
     /// The whole object, or `None` if there is none.
     pub(super) async fn get_object(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        match self.objects(ObjectOp::Get { key: key.to_string() }).await? {
+        self.get(ObjectOp::Get { key: key.to_string() }).await
+    }
+
+    /// Exactly these bytes of the object, or `None` if there is none.
+    pub(super) async fn get_object_range(&self, key: &str, range: Range<u64>) -> Result<Option<Vec<u8>>> {
+        self.get(ObjectOp::GetRange { key: key.to_string(), range }).await
+    }
+
+    async fn get(&self, op: ObjectOp) -> Result<Option<Vec<u8>>> {
+        match self.objects(op).await? {
             Ok(ObjectOpReply::Data(data)) => Ok(Some(data)),
             Ok(_) => Err(misanswered()),
             Err(ObjectError::NotFound(_)) => Ok(None),
@@ -99,6 +109,15 @@ impl Shards {
 
     pub(super) async fn put_object(&self, key: String, data: Vec<u8>) -> Result<()> {
         self.objects(ObjectOp::Put { key, data }).await?.map(|_| ()).map_err(|e| object_error(&e))
+    }
+
+    /// Whether the object was put: there was none before.
+    pub(super) async fn put_object_if_absent(&self, key: String, data: Vec<u8>) -> Result<bool> {
+        match self.objects(ObjectOp::PutIfAbsent { key, data }).await? {
+            Ok(_) => Ok(true),
+            Err(ObjectError::AlreadyExists(_)) => Ok(false),
+            Err(error) => Err(object_error(&error)),
+        }
     }
 
     pub(super) async fn delete_object(&self, key: String) -> Result<()> {

@@ -30,6 +30,8 @@ pub(super) enum Fault {
     StoreFails(&'static str),
     /// Every object operation fails.
     ObjectStore,
+    /// Objects are put if absent, and the answers are lost.
+    LostAnswers,
     /// The manifest is deleted at the moment the reference is written.
     ManifestVanishesOnReference,
 }
@@ -152,6 +154,18 @@ impl Node {
         json_of(self.agent.post(self.url(path)).header("content-type", content_type).send(body))
     }
 
+    /// Status, headers and body.
+    pub(super) fn bytes(&self, path: &str) -> (u16, ureq::http::HeaderMap, Vec<u8>) {
+        let mut response = self.agent.get(self.url(path)).call().unwrap();
+        let body = response.body_mut().read_to_vec().unwrap();
+        (response.status().as_u16(), response.headers().clone(), body)
+    }
+
+    pub(super) fn put_bytes(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, Value) {
+        let request = headers.iter().fold(self.agent.put(self.url(path)), |r, (name, value)| r.header(*name, *value));
+        json_of(request.send(body))
+    }
+
     pub(super) fn text(&self, path: &str) -> (u16, String) {
         let mut response = self.agent.get(self.url(path)).call().unwrap();
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
@@ -175,6 +189,20 @@ impl Node {
             ChunkEntry::Stored { pack: 0, offset, stored_len: 1000, encoding, digest: [chunk as u8; 32] }
         };
         self.put_object(&manifest_key(name), &manifest(name, size_bytes, stored).encode());
+    }
+
+    pub(super) fn object(&self, key: &str) -> Option<Vec<u8>> {
+        self.shared.world.lock().unwrap().objects.get(key).cloned()
+    }
+
+    pub(super) fn remove_object(&self, key: &str) {
+        self.shared.world.lock().unwrap().objects.remove(key);
+    }
+
+    /// Keys that start with `prefix`.
+    pub(super) fn keys(&self, prefix: &str) -> Vec<String> {
+        let world = self.shared.world.lock().unwrap();
+        world.objects.keys().filter(|key| key.starts_with(prefix)).cloned().collect()
     }
 
     pub(super) fn put_object(&self, key: &str, data: &[u8]) {
@@ -486,6 +514,19 @@ fn object_op(world: &mut World, op: ObjectOp) -> std::result::Result<ObjectOpRep
     let objects = &mut world.objects;
     match op {
         ObjectOp::Get { key } => objects.get(&key).cloned().map(ObjectOpReply::Data).ok_or(ObjectError::NotFound(key)),
+        ObjectOp::GetRange { key, range } => {
+            let data = objects.get(&key).ok_or_else(|| ObjectError::NotFound(key.clone()))?;
+            let part = data.get(range.start as usize..range.end as usize);
+            part.map(|part| ObjectOpReply::Data(part.to_vec())).ok_or(ObjectError::Corrupt(key))
+        }
+        ObjectOp::PutIfAbsent { key, .. } if objects.contains_key(&key) => Err(ObjectError::AlreadyExists(key)),
+        ObjectOp::PutIfAbsent { key, data } => {
+            objects.insert(key, data);
+            match world.fault {
+                Some(Fault::LostAnswers) => Err(ObjectError::Retry("no answer".to_string())),
+                _ => Ok(ObjectOpReply::Done),
+            }
+        }
         ObjectOp::Put { key, data } => {
             if world.fault == Some(Fault::ManifestVanishesOnReference) {
                 objects.retain(|key, _| !key.starts_with("snapshots/"));
