@@ -26,6 +26,7 @@ use crate::platform::blocking::Blocking;
 use crate::snapshot::manifest::check_geometry;
 use crate::snapshot::{CatalogError, Manifest, ManifestError, SnapshotInfo, import_key, manifest_key, marker};
 
+pub mod copy;
 mod device;
 mod known;
 mod packer;
