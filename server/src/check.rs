@@ -188,6 +188,11 @@ impl Checker<'_> {
         for (path, fault) in batches.faults {
             self.find(Kind::BatchDamaged, &path, fault);
         }
+        let dir = self.data.join(upload::UPLOADS_DIR);
+        let uploads = upload::read_all(self.data).map_err(|error| CheckError::Io { path: dir, error })?;
+        for (path, fault) in uploads.faults {
+            self.find(Kind::Foreign, &path, fault);
+        }
         Ok(Some(identity))
     }
 

@@ -142,6 +142,7 @@ fn an_uploaded_snapshot_becomes_a_volume() {
 #[test]
 fn uploads_end_with_a_crash_of_the_node_and_the_name_is_free_again() {
     let site = Site::new();
+    std::fs::create_dir(site.objects()).expect("the object store");
     let node = site.start_default();
     let start = |node: &Node| post(node, "snapshots/a/upload", &json!({"size_bytes": CHUNK})).ok();
     let upload = start(&node)["upload"].as_str().expect("an id").to_owned();
@@ -172,9 +173,12 @@ fn an_object_store_that_goes_away_stops_an_upload_for_that_time_only() {
     put_block(&node, upload, 0, &noise(5, CHUNK)).ok();
     let gone = site.path("gone");
     std::fs::rename(site.objects(), &gone).expect("take the object store away");
+    // Puts would make the directory again.
+    std::fs::write(site.objects(), "in the way").expect("write");
     let complete = || post(&node, &format!("uploads/{upload}/complete"), &json!({"blocks_changed": 1}));
     assert_eq!(complete().json()["code"], "object_store");
     assert!(get(&node, "snapshots/monday/blocks/0").status >= 400);
+    std::fs::remove_file(site.objects()).expect("remove");
     std::fs::rename(&gone, site.objects()).expect("bring it back");
     complete().ok();
     site.volley(&["image", "verify", "a"]).success();

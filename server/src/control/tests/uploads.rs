@@ -213,6 +213,24 @@ fn an_upload_whose_marker_was_taken_makes_no_snapshot() {
 }
 
 #[test]
+fn an_upload_that_lost_a_pack_makes_no_snapshot() {
+    let node = Node::start(1);
+    let upload = start(&node, "a", &json!({"size_bytes": 200 * BLOCK, "chunk_bytes": BLOCK}));
+    for index in 0..130 {
+        assert_eq!(put(&node, &upload, index, &content(index as u8 + 1, BLOCK)).0, 200);
+    }
+    let pack = node.keys("packs/").remove(0);
+    let bytes = node.object(&pack).unwrap();
+    node.remove_object(&pack);
+    let answer = complete(&node, &upload, 130);
+    assert_eq!(code(&answer), (409, "conflict"));
+    assert!(answer.1["detail"].as_str().unwrap().contains(&pack), "{}", answer.1);
+    assert!(node.object(&manifest_key("a")).is_none());
+    node.put_object(&pack, &bytes);
+    assert_eq!(complete(&node, &upload, 130).0, 200);
+}
+
+#[test]
 fn a_restart_ends_uploads_and_removes_their_markers() {
     let (ours, other) = (Record { id: 5, snapshot: "a".to_owned() }, Record { id: 6, snapshot: "b".to_owned() });
     let node = Node::start_with(1, |objects, data| {

@@ -229,13 +229,17 @@ impl Control {
         let id = new_id()?;
         let record = Record { id, snapshot: name.clone() };
         self.mark(&record).await?;
-        // From here on garbage collection leaves the packs of the parent alone, if it is still there.
-        if let Some(parent) = &parent
-            && let Err(problem) = self.check_parent(parent).await
-        {
-            self.leave_record(record, true).await;
-            return Err(problem);
-        }
+        // From here on garbage collection leaves the packs alone that the parent has now, if it is still there.
+        let parent = match parent {
+            None => None,
+            Some(parent) => match self.same_again(&parent).await {
+                Ok(parent) => Some(parent),
+                Err(problem) => {
+                    self.leave_record(record, true).await;
+                    return Err(problem);
+                }
+            },
+        };
         let info = SnapshotInfo {
             id,
             name: name.clone(),
@@ -282,10 +286,11 @@ impl Control {
         }
     }
 
-    async fn check_parent(&self, parent: &Manifest) -> Answer<()> {
+    /// The manifest of a parent as it is now.
+    async fn same_again(&self, parent: &Manifest) -> Answer<Arc<Manifest>> {
         let found = self.kept_manifest(&parent.name).await?;
         match found.id == parent.id {
-            true => Ok(()),
+            true => Ok(found),
             false => Err(Problem::new(Status::Conflict, format!("snapshot {:?} was made anew meanwhile", parent.name))),
         }
     }

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use hashbrown::HashSet;
+
 use crate::error::Status;
 use crate::snapshot::draft::Draft;
 use crate::snapshot::{Manifest, import_key, manifest_key, marker, pack_prefix};
@@ -39,6 +41,7 @@ impl Control {
         draft.seal();
         self.store_sealed(&upload, &mut draft).await?;
         let manifest = draft.manifest(unix_ms()).map_err(|e| Problem::invalid(e.to_string()))?;
+        self.check_packs(upload.id, &manifest).await?;
         let manifest = self.commit(&upload, manifest).await?;
         self.0.uploads.end(&upload, Ended::Completed { snapshot: upload.snapshot.clone() });
         // The marker is of no use any more, and the packs are the snapshot's.
@@ -70,6 +73,20 @@ impl Control {
         }
         draft.sealed_is_stored();
         Ok(())
+    }
+
+    /// An upload may take hours, and the object store be another one in between: a filesystem that was not mounted, say.
+    async fn check_packs(&self, id: u128, manifest: &Manifest) -> Answer<()> {
+        let prefix = pack_prefix(id);
+        let found: HashSet<String> =
+            self.0.shards.list_objects(&prefix).await?.into_iter().map(|object| object.key).collect();
+        match manifest.pack_keys().iter().find(|key| key.starts_with(&prefix) && !found.contains(*key)) {
+            None => Ok(()),
+            Some(gone) => {
+                let why = format!("{gone} of this upload is gone from the object store: abandon it and start again");
+                Err(Problem::new(Status::Conflict, why))
+            }
+        }
     }
 
     /// Puts the manifest, with the marker in place before and after: a garbage collection that was told to drop the
