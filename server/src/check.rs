@@ -33,6 +33,7 @@ use crate::object_store::any::StoreChoice;
 use crate::platform::blocking::Blocking;
 use crate::shard::{BASE_DIR, STAGING_DIR};
 use crate::types::VolumeState;
+use crate::upload;
 use content::Snapshots;
 pub use finding::{Finding, Kind, Severity};
 
@@ -175,6 +176,7 @@ impl Checker<'_> {
             } else if name != JOURNAL_DIR
                 && name != datadir::CACHE_DIR
                 && name != batch::BATCHES_DIR
+                && name != upload::UPLOADS_DIR
                 && !known.contains(&name.as_str())
                 && !stores.contains(&path)
             {
@@ -185,6 +187,11 @@ impl Checker<'_> {
         let batches = batch::read_all(self.data).map_err(|error| CheckError::Io { path: dir, error })?;
         for (path, fault) in batches.faults {
             self.find(Kind::BatchDamaged, &path, fault);
+        }
+        let dir = self.data.join(upload::UPLOADS_DIR);
+        let uploads = upload::read_all(self.data).map_err(|error| CheckError::Io { path: dir, error })?;
+        for (path, fault) in uploads.faults {
+            self.find(Kind::Foreign, &path, fault);
         }
         Ok(Some(identity))
     }

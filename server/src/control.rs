@@ -5,13 +5,16 @@
 //! snapshots this node holds a reference on. `docs/http-api.md` documents the routes.
 
 mod batches;
+mod blocks;
 mod boot_sets;
 mod cache;
 mod create;
 mod extract;
 mod http;
 mod ledger;
+mod manifests;
 mod node;
+mod objects;
 mod place;
 mod problem;
 mod references;
@@ -21,6 +24,7 @@ mod shards;
 mod snapshots;
 mod snapshotting;
 mod taking;
+mod uploads;
 mod volumes;
 
 use std::future::Future;
@@ -31,7 +35,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 
 use crate::datadir::Store;
 use crate::object_store::any::StoreChoice;
@@ -40,7 +44,9 @@ use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
 use batches::Batches;
+use blocks::BlockTurns;
 use boot_sets::BootSets;
+use manifests::Manifests;
 use place::Reasons;
 pub use place::{Measure, Space, measure};
 use problem::Problem;
@@ -48,6 +54,7 @@ use references::References;
 use scrub::Scrubbed;
 use shards::Shards;
 use snapshotting::Snapshotting;
+use uploads::Uploads;
 
 /// Largest request body: creation requests are a few hundred bytes.
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -95,6 +102,9 @@ struct Inner {
     batches: Batches,
     snapshotting: Snapshotting,
     scrubbed: Scrubbed,
+    manifests: Manifests,
+    block_turns: BlockTurns,
+    uploads: Uploads,
     http: Arc<http::Tally>,
 }
 
@@ -104,6 +114,9 @@ impl Control {
     pub fn new(settings: Settings) -> Control {
         Control(Arc::new(Inner {
             batches: Batches::load(&settings.data),
+            manifests: Manifests::default(),
+            block_turns: BlockTurns::default(),
+            uploads: Uploads::load(&settings.data),
             shards: Shards::new(&settings.commands),
             settings,
             started: SystemTime::now(),
@@ -131,6 +144,7 @@ impl Control {
             () = self.keep_boot_sets() => {}
             () = self.keep_batches() => {}
             () = self.keep_scrubbing() => {}
+            () = self.keep_uploads() => {}
             () = &mut stop => {}
         }
         Ok(())
@@ -164,6 +178,14 @@ impl Control {
             .route("/v1/snapshot-tasks", get(snapshotting::list))
             .route("/v1/snapshot-tasks/{name}", get(snapshotting::show))
             .route("/v1/snapshots/{name}", get(snapshots::show))
+            .route("/v1/snapshots/{name}/blocks", get(blocks::list))
+            .route("/v1/snapshots/{name}/blocks/{index}", get(blocks::show))
+            .route("/v1/snapshots/{name}/changed", get(blocks::changed))
+            .route("/v1/snapshots/{name}/upload", post(uploads::start))
+            .route("/v1/uploads", get(uploads::list))
+            .route("/v1/uploads/{id}", get(uploads::show).delete(uploads::abandon))
+            .route("/v1/uploads/{id}/blocks/{index}", put(uploads::put))
+            .route("/v1/uploads/{id}/complete", post(uploads::complete))
             .route("/v1/volumes", get(volumes::list).post(create::create))
             .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::change))
             .route("/v1/place", post(place::place))

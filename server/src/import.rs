@@ -27,6 +27,7 @@ use crate::snapshot::claim::{Claim, ClaimError};
 use crate::snapshot::manifest::check_geometry;
 use crate::snapshot::{CatalogError, Manifest, ManifestError, SnapshotInfo, import_key, manifest_key, marker};
 
+pub mod copy;
 mod device;
 mod known;
 mod packer;

@@ -9,6 +9,8 @@ pub mod chunk;
 pub mod claim;
 mod decoder;
 pub mod deletion;
+pub mod diff;
+pub mod draft;
 pub mod gc;
 pub mod manifest;
 pub mod marker;

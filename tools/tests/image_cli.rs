@@ -237,3 +237,102 @@ fn damage_in_the_store_is_found_and_named() {
     fs::write(&manifest, &bytes).expect("write");
     lab.fails(&["image", "show", "a"], &["truncated"]);
 }
+
+#[test]
+fn blocks_and_differences_are_listed() {
+    let lab = Lab::new();
+    let old = content();
+    let mut new = old.clone();
+    new[70_000] ^= 1;
+    new[131_072..196_608].fill(0);
+    for (name, bytes) in [("old", &old), ("new", &new)] {
+        lab.file(name, bytes);
+        lab.ok(&["image", "import", name, "--name", name, "--chunk-size", "64K"]);
+    }
+    let json = |args: &[&str]| -> serde_json::Value { serde_json::from_str(&lab.ok(args)).expect("JSON") };
+    let blocks = json(&["image", "blocks", "new", "--json"]);
+    assert_eq!((&blocks["block_bytes"], &blocks["size_bytes"]), (&65536.into(), &6_000_128.into()));
+    let indexes: Vec<_> = blocks["blocks"].as_array().expect("blocks").iter().map(|b| &b["index"]).collect();
+    assert_eq!((indexes.len(), indexes[1], indexes[2]), (91, &1.into(), &3.into()));
+    assert_eq!(blocks["blocks"][0]["digest"], blake3::hash(&new[..65536]).to_hex().as_str());
+    assert!(lab.ok(&["image", "blocks", "new"]).contains("91 of 92 blocks have data"));
+
+    let changes = json(&["image", "diff", "old", "new", "--json"]);
+    let changes = changes["changes"].as_array().expect("changes");
+    assert_eq!(changes.len(), 2);
+    assert_eq!((&changes[0]["index"], &changes[1]["index"]), (&1.into(), &2.into()));
+    assert!(changes[1]["digest"].is_null() && changes[1]["since_digest"].is_string());
+    let text = lab.ok(&["image", "diff", "old", "new"]);
+    for part in ["65536   65536   changed", "zeroed", "2 of 92 blocks of \"new\" differ from \"old\""] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    assert!(lab.ok(&["image", "diff", "new", "old"]).contains("added"));
+    lab.file("short", &old[..1000]);
+    lab.ok(&["image", "import", "short", "--name", "short", "--chunk-size", "64K"]);
+    lab.fails(&["image", "diff", "old", "short"], &["can't be compared", "6000128 bytes"]);
+    lab.fails(&["image", "blocks", "nosuch"], &["no snapshot \"nosuch\""]);
+}
+
+#[test]
+fn an_overlay_over_the_older_export_is_the_newer_one() {
+    let lab = Lab::new();
+    let old = content();
+    let mut new = old.clone();
+    new[70_000] ^= 1;
+    new[131_072..196_608].fill(0);
+    for (name, bytes) in [("old", &old), ("new", &new)] {
+        lab.file(&format!("{name}.img"), bytes);
+        lab.ok(&["image", "import", &format!("{name}.img"), "--name", name, "--chunk-size", "64K"]);
+    }
+    let qemu_img = |args: &[&str]| {
+        let out = Command::new("qemu-img").args(args).current_dir(lab.dir.path()).output().expect("install qemu-utils");
+        assert!(out.status.success(), "qemu-img {args:?}: {}", stderr(&out));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    lab.ok(&["image", "export", "old", "old.raw"]);
+    lab.ok(&["image", "export", "new", "new.raw"]);
+    lab.ok(&["image", "export", "old", "old.qcow2", "--format", "qcow2"]);
+    let expected = fs::read(lab.dir.path().join("new.raw")).expect("read");
+    for (backing, format) in [("old.raw", "raw"), ("old.qcow2", "qcow2")] {
+        let overlay = format!("over-{format}.qcow2");
+        let since = ["--since", "old", "--backing-file", backing, "--backing-format", format];
+        lab.ok(&[&["image", "export", "new", &overlay, "--format", "qcow2"][..], &since].concat());
+        assert!(qemu_img(&["check", &overlay]).contains("No errors were found"));
+        let info: serde_json::Value =
+            serde_json::from_str(&qemu_img(&["info", "--output", "json", &overlay])).expect("JSON");
+        assert_eq!((&info["backing-filename"], &info["backing-filename-format"]), (&backing.into(), &format.into()));
+        qemu_img(&["convert", "-O", "raw", &overlay, "flat.raw"]);
+        assert!(fs::read(lab.dir.path().join("flat.raw")).expect("read") == expected, "{format}");
+        let len = fs::metadata(lab.dir.path().join(&overlay)).expect("stat").len();
+        assert_eq!(len / 65536, 1 + 1 + 1 + 1 + 2, "one data cluster, and what every file has");
+    }
+    lab.fails(&["image", "export", "new", "-", "--format", "qcow2"], &["give a file"]);
+    lab.fails(&["image", "export", "new", "old.qcow2", "--format", "qcow2"], &["old.qcow2", "--force"]);
+    let since = ["--since", "old", "--backing-file", "old.raw"];
+    lab.fails(&[&["image", "export", "new", "x.raw"][..], &since].concat(), &["--format qcow2"]);
+    assert_eq!(
+        lab.volley(&["image", "export", "new", "x", "--format", "qcow2", "--since", "old"]).status.code(),
+        Some(2)
+    );
+}
+
+#[test]
+fn a_snapshot_is_copied_between_object_stores() {
+    let lab = Lab::new();
+    lab.file("image", &content());
+    lab.ok(&["image", "import", "image", "--name", "a", "--chunk-size", "64K"]);
+    let there = format!("file:{}", lab.dir.path().join("there").display());
+    assert!(lab.ok(&["image", "copy", "a", "--to", &there]).contains("copied \"a\""));
+    let report = lab.ok(&["--json", "image", "copy", "a", "--to", &there, "--as", "b"]);
+    let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+    assert_eq!((&report["stored_chunks"], &report["name"]), (&0.into(), &"b".into()));
+    let at = |args: &[&str]| lab.volley_at(Some(&there), args);
+    for name in ["a", "b"] {
+        assert!(at(&["image", "verify", name]).status.success());
+        let out = at(&["image", "export", name, "-"]);
+        assert!(out.status.success() && out.stdout[..6_000_000] == content()[..]);
+    }
+    lab.fails(&["image", "copy", "a", "--to", &there], &["target", "\"a\" exists already"]);
+    lab.fails(&["image", "copy", "nosuch", "--to", &there], &["no snapshot \"nosuch\""]);
+    lab.fails(&["image", "copy", "a", "--to", "ftp:x"], &["file:"]);
+}

@@ -39,6 +39,10 @@ impl Problem {
         Problem::new(Status::Invalid, detail)
     }
 
+    pub(super) fn unknown_snapshot(name: &str) -> Problem {
+        Problem::new(Status::UnknownSnapshot, format!("no snapshot {name:?} in the object store"))
+    }
+
     /// Something that is neither a volume nor a snapshot and does not exist.
     pub(super) fn not_found(detail: impl Into<String>) -> Problem {
         Problem { http: StatusCode::NOT_FOUND, code: "not_found", detail: detail.into() }
@@ -52,6 +56,11 @@ impl Problem {
             StatusCode::UNSUPPORTED_MEDIA_TYPE => Problem { http, code: "unsupported_media_type", detail },
             _ => Problem::invalid(detail),
         }
+    }
+
+    /// What arrived is not what the client says it sent.
+    pub(super) fn checksum(detail: impl Into<String>) -> Problem {
+        Problem { http: StatusCode::BAD_REQUEST, code: "checksum_mismatch", detail: detail.into() }
     }
 
     /// The body of a request did not come in time.

@@ -1,6 +1,8 @@
 //! Asking the shards: commands over flume, replies awaited on the control thread.
 
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
@@ -21,11 +23,13 @@ const OBJECT_SHARD: usize = 0;
 #[derive(Clone)]
 pub(super) struct Shards {
     commands: Arc<[flume::Sender<Command>]>,
+    /// The shard that reads the next part of a pack.
+    next_reader: Arc<AtomicUsize>,
 }
 
 impl Shards {
     pub(super) fn new(commands: &[flume::Sender<Command>]) -> Shards {
-        Shards { commands: commands.into() }
+        Shards { commands: commands.into(), next_reader: Arc::default() }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -81,12 +85,15 @@ impl Shards {
 
     /// The whole object, or `None` if there is none.
     pub(super) async fn get_object(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        match self.objects(ObjectOp::Get { key: key.to_string() }).await? {
-            Ok(ObjectOpReply::Data(data)) => Ok(Some(data)),
-            Ok(_) => Err(misanswered()),
-            Err(ObjectError::NotFound(_)) => Ok(None),
-            Err(error) => Err(object_error(&error)),
-        }
+        data_of(self.objects(ObjectOp::Get { key: key.to_string() }).await?)
+    }
+
+    /// Exactly these bytes of the object, or `None` if there is none. The shards take turns.
+    pub(super) async fn get_object_range(&self, key: &str, range: Range<u64>) -> Result<Option<Vec<u8>>> {
+        let shard = self.next_reader.fetch_add(1, Ordering::Relaxed) % self.count();
+        let op = ObjectOp::GetRange { key: key.to_string(), range };
+        let asked = self.ask(shard, |reply| Command::Objects { op, reply });
+        data_of(within(OBJECT_TIMEOUT, "the object store", asked).await?)
     }
 
     pub(super) async fn list_objects(&self, prefix: &str) -> Result<Vec<ObjectMeta>> {
@@ -101,11 +108,20 @@ impl Shards {
         self.objects(ObjectOp::Put { key, data }).await?.map(|_| ()).map_err(|e| object_error(&e))
     }
 
+    /// Whether the object was put: there was none before.
+    pub(super) async fn put_object_if_absent(&self, key: String, data: Vec<u8>) -> Result<bool> {
+        match self.objects(ObjectOp::PutIfAbsent { key, data }).await? {
+            Ok(_) => Ok(true),
+            Err(ObjectError::AlreadyExists(_)) => Ok(false),
+            Err(error) => Err(object_error(&error)),
+        }
+    }
+
     pub(super) async fn delete_object(&self, key: String) -> Result<()> {
         self.objects(ObjectOp::Delete { key }).await?.map(|_| ()).map_err(|e| object_error(&e))
     }
 
-    async fn objects(&self, op: ObjectOp) -> Result<std::result::Result<ObjectOpReply, ObjectError>> {
+    pub(super) async fn objects(&self, op: ObjectOp) -> Result<std::result::Result<ObjectOpReply, ObjectError>> {
         let asked = self.ask(OBJECT_SHARD, |reply| Command::Objects { op, reply });
         within(OBJECT_TIMEOUT, "the object store", asked).await
     }
@@ -120,6 +136,16 @@ async fn within<T>(limit: Duration, who: &str, answer: impl Future<Output = Resu
     match tokio::time::timeout(limit, answer).await {
         Ok(answer) => answer,
         Err(_) => Err(Error::new(Status::Busy, format!("{who} did not answer within {limit:?}"))),
+    }
+}
+
+/// What a read answered, `None` if there is no such object.
+fn data_of(answer: std::result::Result<ObjectOpReply, ObjectError>) -> Result<Option<Vec<u8>>> {
+    match answer {
+        Ok(ObjectOpReply::Data(data)) => Ok(Some(data)),
+        Ok(_) => Err(misanswered()),
+        Err(ObjectError::NotFound(_)) => Ok(None),
+        Err(error) => Err(object_error(&error)),
     }
 }
 

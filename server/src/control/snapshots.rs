@@ -76,13 +76,18 @@ impl Control {
 
     /// Fetches and checks the manifest of a snapshot.
     pub(super) async fn manifest_as_it_is(&self, name: &str) -> Answer<Manifest> {
-        let unknown = || Problem::new(Status::UnknownSnapshot, format!("no snapshot {name:?} in the object store"));
+        let unknown = || Problem::unknown_snapshot(name);
         if volley_protocol::name::check_name(name).is_err() {
             return Err(unknown());
         }
         let data = self.0.shards.get_object(&manifest_key(name)).await?.ok_or_else(unknown)?;
+        Control::checked_manifest(name, &data)
+    }
+
+    /// The manifest in the bytes of the object of a snapshot.
+    pub(super) fn checked_manifest(name: &str, data: &[u8]) -> Answer<Manifest> {
         let corrupt = |why: String| Problem::new(Status::Corrupt, format!("snapshot {name:?}: {why}"));
-        let manifest = Manifest::decode(&data).map_err(|e| corrupt(e.to_string()))?;
+        let manifest = Manifest::decode(data).map_err(|e| corrupt(e.to_string()))?;
         if manifest.name != name {
             return Err(corrupt(format!("its manifest is of {:?}", manifest.name)));
         }
@@ -91,7 +96,7 @@ impl Control {
 }
 
 impl Image {
-    fn new(manifest: &Manifest) -> Image {
+    pub(super) fn new(manifest: &Manifest) -> Image {
         let mut zero_chunks = 0;
         let mut stored: Vec<(u32, u64, u32)> = Vec::new();
         for index in 0..manifest.chunk_count() {

@@ -2,8 +2,10 @@
 #![allow(clippy::disallowed_methods)] // Tests run outside of any shard.
 
 mod batches;
+mod blocks;
 mod fake;
 mod placement;
+mod uploads;
 
 use fake::{Fault, Node};
 use serde_json::{Value, json};

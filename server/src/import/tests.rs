@@ -11,19 +11,19 @@ use crate::object_store::dir::DirStore;
 use crate::object_store::{ObjectBytes, ObjectMeta};
 use crate::snapshot::{ChunkEntry, IMPORT_PREFIX, PACK_PREFIX, catalog, deletion, gc, read};
 
-const CHUNK: usize = 64 << 10;
+pub(super) const CHUNK: usize = 64 << 10;
 /// Noise of this length fills one pack and begins a second.
-const OVER_ONE_PACK: usize = crate::snapshot::PACK_BYTES_MAX as usize + CHUNK;
+pub(super) const OVER_ONE_PACK: usize = crate::snapshot::PACK_BYTES_MAX as usize + CHUNK;
 
 /// A scratch directory with an object store in it.
-struct Lab {
+pub(super) struct Lab {
     dir: tempfile::TempDir,
-    store: Failing,
+    pub(super) store: Failing,
 }
 
 /// The directory store, failing every put after the first `puts_left`, like a process that was killed there.
 #[derive(Clone)]
-struct Failing {
+pub(super) struct Failing {
     inner: DirStore<Blocking>,
     puts_left: Arc<AtomicUsize>,
 }
@@ -60,23 +60,28 @@ impl ObjectStore for Failing {
 }
 
 impl Lab {
-    fn new() -> Lab {
+    pub(super) fn new() -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let inner = block_on(DirStore::create(Blocking, dir.path().join("objects"))).unwrap();
         Lab { dir, store: Failing { inner, puts_left: Arc::new(AtomicUsize::new(usize::MAX)) } }
     }
 
-    fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+    pub(super) fn file(&self, name: &str, content: &[u8]) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, content).unwrap();
         path
+    }
+
+    /// The store fails every put after so many.
+    pub(super) fn allow_puts(&self, puts: usize) {
+        self.store.puts_left.store(puts, Ordering::SeqCst);
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn import(&self, image: &Path, name: &str) -> Result<ImportReport, ImportError> {
+    pub(super) fn import(&self, image: &Path, name: &str) -> Result<ImportReport, ImportError> {
         self.import_as(image, name, None)
     }
 
@@ -91,17 +96,17 @@ impl Lab {
         import(&self.store, &options, |done, total| assert!(done <= total))
     }
 
-    fn manifest(&self, name: &str) -> Manifest {
+    pub(super) fn manifest(&self, name: &str) -> Manifest {
         block_on(catalog::load(&self.store, name)).unwrap()
     }
 
-    fn export(&self, name: &str) -> Vec<u8> {
+    pub(super) fn export(&self, name: &str) -> Vec<u8> {
         let mut out = Vec::new();
         read::export(&self.store, &self.manifest(name), Some(2), &mut out, |_, _| {}).unwrap();
         out
     }
 
-    fn keys(&self, prefix: &str) -> Vec<String> {
+    pub(super) fn keys(&self, prefix: &str) -> Vec<String> {
         block_on(self.store.list(prefix)).unwrap().into_iter().map(|o| o.key).collect()
     }
 
@@ -113,14 +118,14 @@ impl Lab {
 }
 
 /// Incompressible bytes, different for each seed.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut out = vec![0; len];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut out);
     out
 }
 
 /// Noise, zeroes, text and a repetition: each kind of chunk.
-fn mixed() -> Vec<u8> {
+pub(super) fn mixed() -> Vec<u8> {
     let text: Vec<u8> = b"all work and no play ".iter().copied().cycle().take(3 * CHUNK).collect();
     [noise(1, 5 * CHUNK), vec![0; 4 * CHUNK], text, noise(1, 2 * CHUNK), vec![0; 3 * CHUNK], noise(2, CHUNK / 2)]
         .concat()

@@ -503,7 +503,9 @@ pub struct Dropped {
 
 pub enum ObjectOp {
     Get { key: String },
+    GetRange { key: String, range: std::ops::Range<u64> },
     Put { key: String, data: Vec<u8> },
+    PutIfAbsent { key: String, data: Vec<u8> },
     Delete { key: String },
     List { prefix: String },
 }

@@ -282,9 +282,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let objects = &self.0.objects;
         Ok(match op {
             ObjectOp::Get { key } => ObjectOpReply::Data(objects.get(&key).await?),
+            ObjectOp::GetRange { key, range } => ObjectOpReply::Data(objects.get_range(&key, range).await?.into()),
             ObjectOp::List { prefix } => ObjectOpReply::Listing(objects.list(&prefix).await?),
             ObjectOp::Put { key, data } => {
                 objects.put(&key, &data).await?;
+                ObjectOpReply::Done
+            }
+            ObjectOp::PutIfAbsent { key, data } => {
+                objects.put_if_absent(&key, &data).await?;
                 ObjectOpReply::Done
             }
             ObjectOp::Delete { key } => {

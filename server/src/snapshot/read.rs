@@ -11,6 +11,10 @@ use crate::object_store::{ObjectError, ObjectStore};
 use crate::parallel::{self, Parallel};
 use crate::platform::AlignedBytes;
 
+pub use chosen::export_chosen;
+
+mod chosen;
+
 /// A chunk that can't be had from the object store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Error)]
 #[error("chunk {chunk} (pack {pack}, {stored_len} bytes at offset {offset}): {why}")]

@@ -15,6 +15,8 @@ use crate::units::{format_duration, format_size, parse_size};
 pub(super) use create::take as take_snapshot;
 pub(super) use progress::Progress;
 
+mod blocks;
+mod copy;
 mod create;
 mod export;
 mod gc;
@@ -49,18 +51,16 @@ pub enum ImageCommand {
         #[command(flatten)]
         parallel: ParallelArgs,
     },
-    /// Write the content of a snapshot to a raw image file, sparse where it is zero, or to stdout (`-`).
-    Export {
-        /// Name of the snapshot.
-        name: String,
-        /// File to write, or `-` for stdout.
-        out: PathBuf,
-        /// Replace an existing file.
-        #[arg(long)]
-        force: bool,
-        #[command(flatten)]
-        parallel: ParallelArgs,
-    },
+    /// Write the content of a snapshot to a raw image file, sparse where it is zero, or to stdout (`-`); or to a qcow2 file,
+    /// also one with only what changed since another snapshot.
+    Export(export::ExportArgs),
+    /// Copy a snapshot to another object store. What is there already is not sent; an interrupted copy goes on where it
+    /// stopped when run again.
+    Copy(copy::CopyArgs),
+    /// List the blocks of a snapshot that have data.
+    Blocks(blocks::BlocksArgs),
+    /// List the blocks that differ between two snapshots of the same size.
+    Diff(blocks::DiffArgs),
     /// Delete a snapshot. What only it references is removed by `volley image gc`, after its grace period.
     Delete(gc::DeleteArgs),
     /// Carry out intended deletions and remove packs that no snapshot references.
@@ -108,11 +108,10 @@ pub fn run(globals: &Globals, command: ImageCommand) -> CliResult {
         ImageCommand::List => list(globals),
         ImageCommand::Show { name } => show(globals, &name),
         ImageCommand::Verify { name, parallel } => verify(globals, &name, &parallel),
-        ImageCommand::Export { name, out, force, parallel } => {
-            let store = objects::open(globals)?;
-            let manifest = block_on(catalog::load(&store, &name))?;
-            export::run(globals, &store, &manifest, &out, force, parallel.threads())
-        }
+        ImageCommand::Export(args) => export::run(globals, &args),
+        ImageCommand::Copy(args) => copy::run(globals, &args),
+        ImageCommand::Blocks(args) => blocks::list(globals, &args),
+        ImageCommand::Diff(args) => blocks::diff(globals, &args),
         ImageCommand::Delete(args) => gc::delete(globals, &args),
         ImageCommand::Gc(args) => gc::collect(globals, args),
     }

@@ -5,6 +5,7 @@
 
 mod batch;
 mod batches;
+mod blocks;
 mod boot;
 mod bootset;
 mod crash;

@@ -10,15 +10,17 @@ use serde_json::Value;
 use crate::control::{Control, Measure, Settings, Space};
 use crate::datadir::Store;
 use crate::error::{Error, Result, Status};
-use crate::object_store::{ObjectError, ObjectMeta};
 use crate::placement::Overcommit;
 use crate::shard::api::{
-    BatchOnStore, BatchTotals, CacheStatus, Command, Dropped, ObjectOp, ObjectOpReply, ShardStats, StoreLoad,
-    VolumeStatus,
+    BatchOnStore, BatchTotals, CacheStatus, Command, Dropped, ShardStats, StoreLoad, VolumeStatus,
 };
 use crate::snapshot::{ChunkEntry, Encoding, Manifest, SnapshotInfo, manifest_key, pack_key};
 use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{CHUNK_BYTES_DEFAULT, HydrationRate, VolumeSpec, batch_text};
+
+use objects::object_op;
+
+mod objects;
 
 pub(super) const NODE_ID: u128 = 0xabc;
 
@@ -30,6 +32,8 @@ pub(super) enum Fault {
     StoreFails(&'static str),
     /// Every object operation fails.
     ObjectStore,
+    /// Objects are put if absent, and the answers are lost.
+    LostAnswers,
     /// The manifest is deleted at the moment the reference is written.
     ManifestVanishesOnReference,
 }
@@ -152,6 +156,18 @@ impl Node {
         json_of(self.agent.post(self.url(path)).header("content-type", content_type).send(body))
     }
 
+    /// Status, headers and body.
+    pub(super) fn bytes(&self, path: &str) -> (u16, ureq::http::HeaderMap, Vec<u8>) {
+        let mut response = self.agent.get(self.url(path)).call().unwrap();
+        let body = response.body_mut().read_to_vec().unwrap();
+        (response.status().as_u16(), response.headers().clone(), body)
+    }
+
+    pub(super) fn put_bytes(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, Value) {
+        let request = headers.iter().fold(self.agent.put(self.url(path)), |r, (name, value)| r.header(*name, *value));
+        json_of(request.send(body))
+    }
+
     pub(super) fn text(&self, path: &str) -> (u16, String) {
         let mut response = self.agent.get(self.url(path)).call().unwrap();
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
@@ -175,6 +191,20 @@ impl Node {
             ChunkEntry::Stored { pack: 0, offset, stored_len: 1000, encoding, digest: [chunk as u8; 32] }
         };
         self.put_object(&manifest_key(name), &manifest(name, size_bytes, stored).encode());
+    }
+
+    pub(super) fn object(&self, key: &str) -> Option<Vec<u8>> {
+        self.shared.world.lock().unwrap().objects.get(key).cloned()
+    }
+
+    pub(super) fn remove_object(&self, key: &str) {
+        self.shared.world.lock().unwrap().objects.remove(key);
+    }
+
+    /// Keys that start with `prefix`.
+    pub(super) fn keys(&self, prefix: &str) -> Vec<String> {
+        let world = self.shared.world.lock().unwrap();
+        world.objects.keys().filter(|key| key.starts_with(prefix)).cloned().collect()
     }
 
     pub(super) fn put_object(&self, key: &str, data: &[u8]) {
@@ -476,32 +506,5 @@ fn status(spec: &VolumeSpec, shard: usize) -> VolumeStatus {
         flushes: 0,
         read_misses: 0,
         priority_fetches: 0,
-    }
-}
-
-fn object_op(world: &mut World, op: ObjectOp) -> std::result::Result<ObjectOpReply, ObjectError> {
-    if world.fault == Some(Fault::ObjectStore) {
-        return Err(ObjectError::Retry("unreachable".to_string()));
-    }
-    let objects = &mut world.objects;
-    match op {
-        ObjectOp::Get { key } => objects.get(&key).cloned().map(ObjectOpReply::Data).ok_or(ObjectError::NotFound(key)),
-        ObjectOp::Put { key, data } => {
-            if world.fault == Some(Fault::ManifestVanishesOnReference) {
-                objects.retain(|key, _| !key.starts_with("snapshots/"));
-            }
-            objects.insert(key, data);
-            Ok(ObjectOpReply::Done)
-        }
-        ObjectOp::Delete { key } => {
-            objects.remove(&key);
-            Ok(ObjectOpReply::Done)
-        }
-        ObjectOp::List { prefix } => {
-            let matching = objects.iter().filter(|(key, _)| key.starts_with(&prefix));
-            let meta =
-                |(key, data): (&String, &Vec<u8>)| ObjectMeta { key: key.clone(), size_bytes: data.len() as u64 };
-            Ok(ObjectOpReply::Listing(matching.map(meta).collect()))
-        }
     }
 }

@@ -6,7 +6,7 @@ use crate::platform::Platform;
 
 use super::S3Store;
 use super::failure::{Asked, Failure, refused};
-use super::put::{PUT, content_md5};
+use super::put::PUT;
 use super::request::Call;
 use super::transport::{HttpTransport, Method};
 use super::xml;
@@ -48,7 +48,7 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
         for (number, part) in data.chunks(PART_BYTES).enumerate() {
             let mut call = Call::new(Method::Put, Some(key), "write a part of", PUT);
             call.query = vec![("partNumber", (number + 1).to_string()), ("uploadId", upload.to_owned())];
-            call.headers = vec![("content-md5", content_md5(part))];
+            call.headers = vec![("content-md5", self.content_md5_by_turns(part).await)];
             call.body = part;
             let response = self.send_patiently(&call).await?;
             let etag = response.header("etag").map(str::to_owned);

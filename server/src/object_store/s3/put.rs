@@ -18,6 +18,8 @@ use super::transport::{HttpTransport, Method};
 
 /// Larger objects go up in parts: a lost connection then costs a part, and stores refuse single puts above 5 GiB.
 const SINGLE_PUT_BYTES_MAX: usize = 16 << 20;
+/// Hashed at once: a fifth of a millisecond.
+const HASH_SLICE_BYTES: usize = 128 << 10;
 /// The store is asked for the same put once more if the object is no larger than this: to learn whether it refuses.
 const TRIAL_BYTES_MAX: usize = 64 << 10;
 /// Metadata that holds the mark.
@@ -130,13 +132,23 @@ impl<P: Platform, T: HttpTransport> S3Store<P, T> {
         }
         let mut call = Call::new(Method::Put, Some(key), "write", PUT);
         headers.extend(condition);
-        headers.push(("content-md5", content_md5(data)));
+        headers.push(("content-md5", self.content_md5_by_turns(data).await));
         call.headers = headers;
         call.body = data;
         match conditional {
             true => self.send(&call).await.map(drop),
             false => self.send_patiently(&call).await.map(drop),
         }
+    }
+
+    /// [`content_md5`] that lets others of its executor have their turn: a pack is hashed for as long as dozens of reads take.
+    pub(super) async fn content_md5_by_turns(&self, data: &[u8]) -> String {
+        let mut hasher = Md5::new();
+        for slice in data.chunks(HASH_SLICE_BYTES) {
+            hasher.update(slice);
+            self.inner.platform.yield_now().await;
+        }
+        base64(&hasher.finalize())
     }
 
     fn weaker(&self, why: &str) {

@@ -1,27 +1,69 @@
-//! `volley image export`: a snapshot back into a raw image. A file appears whole under its name or not at all.
+//! `volley image export`: a snapshot back into a raw or qcow2 image. A file appears whole under its name or not at all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use clap::Args;
+use futures::executor::block_on;
 use serde_json::json;
+use volley_server::import::ImageFormat;
 use volley_server::object_store::ObjectStore;
-use volley_server::snapshot::Manifest;
 use volley_server::snapshot::read::{self, ExportError, ExportTo};
+use volley_server::snapshot::{Manifest, catalog};
 
+use super::ParallelArgs;
 use super::progress::Progress;
-use crate::cli::{CliError, CliResult, Globals, print_json, print_line};
+use crate::cli::{CliError, CliResult, Globals, objects, print_json, print_line};
 use crate::units::format_size;
 
-pub(super) fn run<S: ObjectStore + Send + Sync>(
+mod qcow2;
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Name of the snapshot.
+    name: String,
+    /// File to write, or `-` for stdout (raw only).
+    out: PathBuf,
+    /// Format of the file: raw or qcow2.
+    #[arg(long, default_value = "raw")]
+    format: ImageFormat,
+    /// Write only what changed since this snapshot, as an overlay of its export (qcow2 only).
+    #[arg(long, value_name = "NAME", requires = "backing_file")]
+    since: Option<String>,
+    /// The export of the other snapshot, as the overlay is to name it: relative to the overlay's directory.
+    #[arg(long, value_name = "PATH", requires = "since")]
+    backing_file: Option<String>,
+    /// Format of the backing file: raw or qcow2.
+    #[arg(long, default_value = "raw", value_name = "FORMAT", requires = "since")]
+    backing_format: ImageFormat,
+    /// Replace an existing file.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    parallel: ParallelArgs,
+}
+
+pub(super) fn run(globals: &Globals, args: &ExportArgs) -> CliResult {
+    if args.format == ImageFormat::Raw && args.since.is_some() {
+        return Err(CliError::new("invalid", "--since needs --format qcow2: a raw image holds everything"));
+    }
+    let store = objects::open(globals)?;
+    let manifest = block_on(catalog::load(&store, &args.name))?;
+    match args.format {
+        ImageFormat::Raw => raw(globals, &store, &manifest, args),
+        ImageFormat::Qcow2 => qcow2::run(globals, &store, &manifest, args),
+    }
+}
+
+fn raw<S: ObjectStore + Send + Sync>(
     globals: &Globals,
     store: &S,
     manifest: &Manifest,
-    out: &Path,
-    force: bool,
-    threads: Option<usize>,
+    args: &ExportArgs,
 ) -> CliResult {
+    let (out, force, threads) = (args.out.as_path(), args.force, args.parallel.threads());
     let progress = Progress::start("export", globals.json);
     let tick = |done, total| progress.update(done, total);
     if out == Path::new("-") {
@@ -32,19 +74,7 @@ pub(super) fn run<S: ObjectStore + Send + Sync>(
         };
     }
     let io_failed = |e: io::Error| failed(out, &ExportError::Write(e));
-    let existing = match fs::metadata(out) {
-        Ok(metadata) => Some(metadata),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        Err(e) => return Err(io_failed(e)),
-    };
-    if existing.is_some() && !force {
-        let text = format!("{} exists: give --force to replace it", out.display());
-        return Err(CliError::new("conflict", text));
-    }
-    match existing {
-        Some(metadata) if metadata.is_dir() => {
-            return Err(CliError::new("invalid", format!("{} is a directory", out.display())));
-        }
+    match look_at(out, force)? {
         // A device or a pipe is written in place, zeroes too: what it holds now is not known.
         Some(metadata) if !metadata.is_file() => {
             let mut device = OpenOptions::new().write(true).open(out).map_err(io_failed)?;
@@ -66,6 +96,23 @@ pub(super) fn run<S: ObjectStore + Send + Sync>(
         return print_json(&json!({"name": manifest.name, "size_bytes": manifest.size_bytes, "out": out}));
     }
     print_line(&format!("exported {:?} ({}) to {}", manifest.name, format_size(manifest.size_bytes), out.display()))
+}
+
+/// What is at the place of the export, if it may be replaced.
+fn look_at(out: &Path, force: bool) -> CliResult<Option<fs::Metadata>> {
+    let existing = match fs::metadata(out) {
+        Ok(metadata) => metadata,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed(out, &ExportError::Write(e))),
+    };
+    if !force {
+        let text = format!("{} exists: give --force to replace it", out.display());
+        return Err(CliError::new("conflict", text));
+    }
+    if existing.is_dir() {
+        return Err(CliError::new("invalid", format!("{} is a directory", out.display())));
+    }
+    Ok(Some(existing))
 }
 
 fn metadata_is_block(metadata: &fs::Metadata) -> bool {
