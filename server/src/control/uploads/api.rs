@@ -91,10 +91,11 @@ pub(in crate::control) async fn put(
     BlockOf(id, index): BlockOf,
     request: Request,
 ) -> Answer<Json<BlockPut>> {
-    let upload = control.0.uploads.get(&id)?;
     let _turn = control.block_turn().await?;
     let (parts, body) = request.into_parts();
+    // Before anything is refused: who sends a block may not look for an answer until it is sent.
     let body = read_body(body).await?;
+    let upload = control.0.uploads.get(&id)?;
     let checksum = Checksum::of(&parts.headers)?;
     let len = upload.block_len(index)?;
     if body.len() != len as usize {
