@@ -661,8 +661,8 @@ mod mutations {
         for bug in Mutation::OF_SNAPSHOTS {
             let fails = |run: &dyn Fn()| catch_unwind(AssertUnwindSafe(|| mutation::with(bug, run))).is_err();
             let seed = (0..SEEDS).find(|seed| {
-                fails(&|| drop(snapshots_of_a_busy_volume(*seed)))
-                    || fails(&|| drop(a_rollback(*seed)))
+                fails(&|| assert!(snapshots_of_a_busy_volume(*seed) < u64::MAX))
+                    || fails(&|| assert!(a_rollback(*seed) <= 1))
                     || fails(&|| a_group(*seed))
                     || (*seed == 0 && fails(&across_restarts))
             });
