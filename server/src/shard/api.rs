@@ -1,12 +1,12 @@
 //! What a shard is asked: by connections (data path), by the control thread, and by other shards.
 
 mod loads;
+mod snapshots;
 
 use std::fmt;
 use std::future::Future;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::cache::{ChunkData, TierStatus};
 use crate::error::Result;
@@ -14,9 +14,10 @@ use crate::histogram::HistogramCounts;
 use crate::shard::changes::ChunkSet;
 use crate::transfer::Digest;
 use crate::transfer::ledger::{Origin, Totals};
-use crate::types::{HydrationRate, Lineage, SnapshotRef, VolumeId, VolumeSpec};
+use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
 pub use loads::{BatchOnStore, BatchTotals, StoreLoad, StoreSharing};
+pub use snapshots::{CheckedChunk, CutVolume, CutWanted, VolumeLineage};
 
 /// A connection of this process's life: unique over all shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,53 +220,6 @@ pub struct VolumeStatus {
     pub flushes: u64,
     pub read_misses: u64,
     pub priority_fetches: u64,
-}
-
-/// What the next snapshot of a volume builds on.
-#[derive(Clone, Debug)]
-pub struct VolumeLineage {
-    pub id: VolumeId,
-    pub size_bytes: u64,
-    pub chunk_bytes: u32,
-    /// What absent chunks come from.
-    pub source: Option<SnapshotRef>,
-    pub hydrated: bool,
-    pub attached: bool,
-    pub lineage: Lineage,
-}
-
-/// What a chunk of a volume holds on its disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CheckedChunk {
-    /// Of the chunk's bytes inside the device; `None`: not all of them are in the volume.
-    pub digest: Option<[u8; 32]>,
-    pub zero: bool,
-    /// Whether guests may have changed it since the base; `None`: nobody knows.
-    pub changed: Option<bool>,
-}
-
-/// A volume to cut.
-#[derive(Clone, Debug)]
-pub struct CutWanted {
-    pub name: String,
-    /// Look at every chunk, whatever is known of changes.
-    pub all: bool,
-    /// Capture this chunk too.
-    pub also: Option<u32>,
-}
-
-/// What belongs to a snapshot of one volume.
-#[derive(Clone, Debug)]
-pub struct CutVolume {
-    pub volume: VolumeId,
-    pub name: String,
-    /// What all other chunks equal: the base, or, where nothing is `known` of changes, the source.
-    pub base: Option<SnapshotRef>,
-    pub known: bool,
-    /// Chunks to capture, each once, in order.
-    pub chunks: Vec<u32>,
-    /// How long its guest was held back.
-    pub stall: Duration,
 }
 
 /// Sender half of a one-shot reply that crosses threads.

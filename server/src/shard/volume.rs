@@ -3,6 +3,7 @@
 //! **Invariant (P1):** a residency record is captured before the data sync it depends on and appended after it.
 
 mod filling;
+mod retiring;
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -342,18 +343,6 @@ impl<P: Platform> Volume<P> {
         Ok(buf)
     }
 
-    /// Puts whole sectors into another file at the same place: shared where `shares` and the filesystem can.
-    pub async fn copy_out(&self, range: SectorRange, to: &P::File, shares: bool) -> Result<()> {
-        let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
-        if shares && to.clone_range(offset, &self.file().await?, offset, len).await.is_ok() {
-            return Ok(());
-        }
-        let read = self.read_sectors(range).await?;
-        let mut buf = self.platform.alloc(read.len());
-        buf.copy_from_slice(&read);
-        to.write_at(offset, buf).await.map_err(|e| self.io_error("stage", &e))
-    }
-
     /// Sectors of the range for which the file stores anything, in order: at most `max` runs. Of what lies behind the last
     /// of `max` nothing is said.
     pub async fn stored_sectors(&self, range: SectorRange, max: usize) -> Result<Vec<SectorRange>> {
@@ -484,28 +473,6 @@ impl<P: Platform> Volume<P> {
             self.note_change();
         }
         Ok(())
-    }
-
-    /// Nobody knows whether a restart will find this volume or the one that was to replace it.
-    pub fn refuse_writes(&self, error: &Error) {
-        let message = format!("{}; the volume takes no writes until volleyd is restarted", error.message);
-        *self.poisoned.borrow_mut() = Some(Error::new(error.status, message));
-    }
-
-    /// Ends a replacement. One that failed before the journal could know of it changed nothing.
-    pub fn end_retirement(&self, replaced: bool) {
-        if !replaced && self.replacement.borrow().is_none() {
-            self.retired.set(false);
-            self.thawed.wake_all();
-        }
-    }
-
-    /// Makes the file longer, durably: the new part is a hole.
-    pub async fn grow_file(&self, size_bytes: u64) -> Result<()> {
-        let file = self.file().await?;
-        let grown = file.set_len(size_bytes.next_multiple_of(SECTOR)).await;
-        let grown = if grown.is_ok() { file.datasync().await } else { grown };
-        grown.map_err(|e| self.io_error("grow", &e))
     }
 
     fn poison(&self, error: &std::io::Error) -> Error {

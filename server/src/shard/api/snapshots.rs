@@ -1,0 +1,52 @@
+//! What shards and the control thread tell each other about snapshots of volumes.
+
+use std::time::Duration;
+
+use crate::types::{Lineage, SnapshotRef, VolumeId};
+
+/// What the next snapshot of a volume builds on.
+#[derive(Clone, Debug)]
+pub struct VolumeLineage {
+    pub id: VolumeId,
+    pub size_bytes: u64,
+    pub chunk_bytes: u32,
+    /// What absent chunks come from.
+    pub source: Option<SnapshotRef>,
+    pub hydrated: bool,
+    pub attached: bool,
+    pub lineage: Lineage,
+}
+
+/// What a chunk of a volume holds on its disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckedChunk {
+    /// Of the chunk's bytes inside the device; `None`: not all of them are in the volume.
+    pub digest: Option<[u8; 32]>,
+    pub zero: bool,
+    /// Whether guests may have changed it since the base; `None`: nobody knows.
+    pub changed: Option<bool>,
+}
+
+/// A volume to cut.
+#[derive(Clone, Debug)]
+pub struct CutWanted {
+    pub name: String,
+    /// Look at every chunk, whatever is known of changes.
+    pub all: bool,
+    /// Capture this chunk too.
+    pub also: Option<u32>,
+}
+
+/// What belongs to a snapshot of one volume.
+#[derive(Clone, Debug)]
+pub struct CutVolume {
+    pub volume: VolumeId,
+    pub name: String,
+    /// What all other chunks equal: the base, or, where nothing is `known` of changes, the source.
+    pub base: Option<SnapshotRef>,
+    pub known: bool,
+    /// Chunks to capture, each once, in order.
+    pub chunks: Vec<u32>,
+    /// How long its guest was held back.
+    pub stall: Duration,
+}

@@ -1,0 +1,42 @@
+//! A volume whose content is copied out for a snapshot, or that another one replaces under its name.
+
+use super::{SECTOR, Volume};
+use crate::error::{Error, Result};
+use crate::platform::{File, Platform};
+use crate::shard::residency::SectorRange;
+
+impl<P: Platform> Volume<P> {
+    /// Puts whole sectors into another file at the same place: shared where `shares` and the filesystem can.
+    pub async fn copy_out(&self, range: SectorRange, to: &P::File, shares: bool) -> Result<()> {
+        let (offset, len) = (range.start * SECTOR, (range.end - range.start) * SECTOR);
+        if shares && to.clone_range(offset, &self.file().await?, offset, len).await.is_ok() {
+            return Ok(());
+        }
+        let read = self.read_sectors(range).await?;
+        let mut buf = self.platform.alloc(read.len());
+        buf.copy_from_slice(&read);
+        to.write_at(offset, buf).await.map_err(|e| self.io_error("stage", &e))
+    }
+
+    /// Nobody knows whether a restart will find this volume or the one that was to replace it.
+    pub fn refuse_writes(&self, error: &Error) {
+        let message = format!("{}; the volume takes no writes until volleyd is restarted", error.message);
+        *self.poisoned.borrow_mut() = Some(Error::new(error.status, message));
+    }
+
+    /// Ends a replacement. One that failed before the journal could know of it changed nothing.
+    pub fn end_retirement(&self, replaced: bool) {
+        if !replaced && self.replacement.borrow().is_none() {
+            self.retired.set(false);
+            self.thawed.wake_all();
+        }
+    }
+
+    /// Makes the file longer, durably: the new part is a hole.
+    pub async fn grow_file(&self, size_bytes: u64) -> Result<()> {
+        let file = self.file().await?;
+        let grown = file.set_len(size_bytes.next_multiple_of(SECTOR)).await;
+        let grown = if grown.is_ok() { file.datasync().await } else { grown };
+        grown.map_err(|e| self.io_error("grow", &e))
+    }
+}
