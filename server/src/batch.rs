@@ -7,7 +7,6 @@
 
 pub mod estimate;
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -278,48 +277,23 @@ pub fn write(data: &Path, record: &Record) -> Result<(), DataDirError> {
 /// # Errors
 /// `Io`; a file that is gone already is none.
 pub fn remove(data: &Path, id: &str) -> io::Result<()> {
-    match fs::remove_file(path_of(&data.join(BATCHES_DIR), id)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+    datadir::remove_record(&path_of(&data.join(BATCHES_DIR), id))
 }
 
 /// What the directory of batches holds.
-#[derive(Debug, Default, PartialEq)]
-pub struct Stored {
-    /// Oldest first.
-    pub records: Vec<Record>,
-    /// Files that are none, and what is wrong with them.
-    pub faults: Vec<(PathBuf, String)>,
-}
+pub type Stored = datadir::Records<Record>;
 
-/// All batches of a data directory.
+/// All batches of a data directory, oldest first.
 ///
 /// # Errors
 /// The directory can't be read.
 pub fn read_all(data: &Path) -> io::Result<Stored> {
-    let mut stored = Stored::default();
-    let entries = match fs::read_dir(data.join(BATCHES_DIR)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(stored),
-        entries => entries?,
-    };
-    for entry in entries {
-        let path = entry?.path();
-        match read(&path) {
-            Ok(Some(record)) => stored.records.push(record),
-            // A write that a crash cut short: the file it was to replace, if any, is whole.
-            Ok(None) => {}
-            Err(fault) => stored.faults.push((path, fault)),
-        }
-    }
+    let mut stored = datadir::read_records(&data.join(BATCHES_DIR), read)?;
     stored.records.sort_by(|a, b| (a.admitted_unix_ms, &a.id).cmp(&(b.admitted_unix_ms, &b.id)));
     Ok(stored)
 }
 
 fn read(path: &Path) -> Result<Option<Record>, String> {
-    if path.extension() == Some(datadir::temporary_of(path).extension().unwrap_or_default()) {
-        return Ok(None);
-    }
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     if path.extension().is_none_or(|extension| extension != EXTENSION) || hex(stem).is_none() {
         return Err("not a file of Volley".to_string());

@@ -17,7 +17,11 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::config::StoreConfig;
 use crate::placement::Overcommit;
+
+mod records;
+
 pub use identity::{NodeIdentity, StoreIdentity, data_names, lock_shared, read_identity, store_names, verify_store};
+pub use records::{Records, read_records, remove_record};
 
 const NODE_FILE: &str = "node.toml";
 const LOCK_FILE: &str = "LOCK";

@@ -5,7 +5,6 @@
 //! after it is gone (`docs/data-directory.md`).
 #![allow(clippy::disallowed_methods)] // The control thread's files: no shard touches them.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -49,46 +48,21 @@ pub fn write(data: &Path, record: &Record) -> Result<(), DataDirError> {
 /// # Errors
 /// `Io`; a file that is gone already is none.
 pub fn remove(data: &Path, id: u128) -> io::Result<()> {
-    match fs::remove_file(path_of(&data.join(UPLOADS_DIR), id)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+    datadir::remove_record(&path_of(&data.join(UPLOADS_DIR), id))
 }
 
-/// What the directory of uploads holds.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Left {
-    /// Uploads of an earlier run of the node.
-    pub records: Vec<Record>,
-    /// Files that are none, and what is wrong with them.
-    pub faults: Vec<(PathBuf, String)>,
-}
+/// Uploads of an earlier run of the node.
+pub type Left = datadir::Records<Record>;
 
 /// All uploads of a data directory.
 ///
 /// # Errors
 /// The directory can't be read.
 pub fn read_all(data: &Path) -> io::Result<Left> {
-    let mut left = Left::default();
-    let entries = match fs::read_dir(data.join(UPLOADS_DIR)) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(left),
-        entries => entries?,
-    };
-    for entry in entries {
-        let path = entry?.path();
-        match read(&path) {
-            Ok(record) => left.records.extend(record),
-            Err(fault) => left.faults.push((path, fault)),
-        }
-    }
-    Ok(left)
+    datadir::read_records(&data.join(UPLOADS_DIR), read)
 }
 
 fn read(path: &Path) -> Result<Option<Record>, String> {
-    // A write that a crash cut short: its marker was not put.
-    if path.extension() == datadir::temporary_of(path).extension() {
-        return Ok(None);
-    }
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let id =
         u128::from_str_radix(stem, 16).ok().filter(|id| path.file_name() == path_of(Path::new(""), *id).file_name());

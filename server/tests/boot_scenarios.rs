@@ -5,9 +5,8 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options};
+use support::{CHUNK, Lab, Node, Options};
 use volley_server::platform::Platform;
-use volley_server::platform::sim::{SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command, RecordedBoot};
 use volley_server::snapshot::{ChunkEntry, Manifest, manifest_key};
 use volley_server::types::HydrationRate;
@@ -17,16 +16,9 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// What the guests of these tests read, in this order.
 const BOOT: [u32; 6] = [40, 3, 41, 42, 7, 63];
 
-struct Lab {
-    world: SimWorld,
-    objects: SimObjects,
-    image: Image,
-}
-
 impl Lab {
     fn new(seed: u64) -> Lab {
-        let (world, objects, image) = support::world("debian", CHUNKS, 0, 0, seed);
-        Lab { world, objects, image }
+        Lab::of(CHUNKS, 0, 0, seed)
     }
 
     async fn node(&self, shards: usize) -> Node {

@@ -5,9 +5,9 @@ mod support;
 use std::cell::Cell;
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options};
+use support::{CHUNK, Lab, Node, Options};
 use volley_server::platform::Platform;
-use volley_server::platform::sim::{DiskOp, SimObjects, SimWorld};
+use volley_server::platform::sim::{DiskOp, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command};
 use volley_server::shard::harm::HarmConfig;
 use volley_server::types::{HydrationRate, VolumeSpec};
@@ -17,16 +17,9 @@ const CHUNKS: u32 = 300;
 /// What the store's share of the tests lets through: a run takes about two seconds.
 const SHARE: u64 = 4 << 20;
 
-struct Lab {
-    world: SimWorld,
-    objects: SimObjects,
-    image: Image,
-}
-
 impl Lab {
     fn new(seed: u64) -> Lab {
-        let (world, objects, image) = support::world("debian", CHUNKS, 0, 0, seed);
-        Lab { world, objects, image }
+        Lab::of(CHUNKS, 0, 0, seed)
     }
 
     async fn node(&self, options: Options) -> Node {

@@ -238,17 +238,24 @@ fn damage_in_the_store_is_found_and_named() {
     lab.fails(&["image", "show", "a"], &["truncated"]);
 }
 
-#[test]
-fn blocks_and_differences_are_listed() {
-    let lab = Lab::new();
+/// Imports `old`, and `new` of which one chunk differs and one is zero.
+fn two_versions(lab: &Lab) -> (Vec<u8>, Vec<u8>) {
     let old = content();
     let mut new = old.clone();
     new[70_000] ^= 1;
     new[131_072..196_608].fill(0);
     for (name, bytes) in [("old", &old), ("new", &new)] {
-        lab.file(name, bytes);
-        lab.ok(&["image", "import", name, "--name", name, "--chunk-size", "64K"]);
+        let file = format!("{name}.img");
+        lab.file(&file, bytes);
+        lab.ok(&["image", "import", &file, "--name", name, "--chunk-size", "64K"]);
     }
+    (old, new)
+}
+
+#[test]
+fn blocks_and_differences_are_listed() {
+    let lab = Lab::new();
+    let (old, new) = two_versions(&lab);
     let json = |args: &[&str]| -> serde_json::Value { serde_json::from_str(&lab.ok(args)).expect("JSON") };
     let blocks = json(&["image", "blocks", "new", "--json"]);
     assert_eq!((&blocks["block_bytes"], &blocks["size_bytes"]), (&65536.into(), &6_000_128.into()));
@@ -276,14 +283,7 @@ fn blocks_and_differences_are_listed() {
 #[test]
 fn an_overlay_over_the_older_export_is_the_newer_one() {
     let lab = Lab::new();
-    let old = content();
-    let mut new = old.clone();
-    new[70_000] ^= 1;
-    new[131_072..196_608].fill(0);
-    for (name, bytes) in [("old", &old), ("new", &new)] {
-        lab.file(&format!("{name}.img"), bytes);
-        lab.ok(&["image", "import", &format!("{name}.img"), "--name", name, "--chunk-size", "64K"]);
-    }
+    two_versions(&lab);
     let qemu_img = |args: &[&str]| {
         let out = Command::new("qemu-img").args(args).current_dir(lab.dir.path()).output().expect("install qemu-utils");
         assert!(out.status.success(), "qemu-img {args:?}: {}", stderr(&out));

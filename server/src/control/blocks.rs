@@ -139,10 +139,7 @@ pub(super) async fn show(
     check_index(index, manifest.chunk_count())?;
     let turn = control.block_turn().await?;
     let entry = manifest.chunk(index);
-    let stored = match entry {
-        ChunkEntry::Zero => Vec::new(),
-        ChunkEntry::Stored { .. } => control.stored_block(&manifest, index).await?,
-    };
+    let stored = control.stored_block(&manifest, index).await?;
     let id = id_text(manifest.id);
     let content = off_thread(move || Content::of(&manifest, index, &stored, sha256)).await?;
     let Content { raw, digest, sha256 } = content?;
@@ -247,6 +244,13 @@ impl Control {
         let turn = tokio::time::timeout(TURN_DEADLINE, self.0.block_turns.0.clone().acquire_owned()).await;
         let busy = || Problem::new(Status::Busy, format!("{BLOCKS_AT_ONCE} blocks are being read or written already"));
         turn.map_err(|_| busy())?.map_err(|_| busy())
+    }
+
+    /// The verified bytes of a block.
+    pub(super) async fn block(&self, manifest: &Arc<Manifest>, index: u32) -> Answer<AlignedBytes> {
+        let _turn = self.block_turn().await?;
+        let (stored, manifest) = (self.stored_block(manifest, index).await?, manifest.clone());
+        Ok(off_thread(move || Content::of(&manifest, index, &stored, false)).await??.raw)
     }
 
     /// The bytes of a block as they are in its pack.

@@ -1,6 +1,7 @@
 //! `/v1/volumes/{name}/rollback`, `/verify` and growing: a volume made equal to a snapshot, and what it holds proved.
 #![allow(clippy::disallowed_methods)] // The control thread is outside of the platform seam.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -8,12 +9,12 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Status;
-use crate::platform::blocking::open_store;
-use crate::shard::api::{CheckedChunk, Command, VolumeLineage};
+use crate::shard::api::{Command, VolumeLineage};
 use crate::shard::changes::ChunkSet;
-use crate::snapshot::{ChunkEntry, Manifest, read};
+use crate::snapshot::Manifest;
 
 use super::Control;
+use super::blocks::id_text;
 use super::extract::{Body, Params, Segment};
 use super::problem::{Answer, Problem};
 use super::snapshotting::TakeRequest;
@@ -169,15 +170,15 @@ impl Control {
         }
         let lineage = self.lineage(name).await?;
         let base = self.base_of(&lineage).await?;
-        let (differs, base_ref) = match &base {
-            Some(base) => (differing(base, &target, chunks_of(&lineage)), lineage.lineage.base.clone()),
-            None if lineage.lineage.base.is_none() => (with_data(&target, chunks_of(&lineage)), None),
-            None => ((0..chunks_of(&lineage)).collect(), lineage.lineage.base.clone()),
+        let differs = match (&base, &lineage.lineage.base) {
+            // Deleted: nobody can say what the volume holds.
+            (None, Some(_)) => (0..lineage.chunks()).collect(),
+            _ => differing(base.as_deref(), &target, lineage.chunks()),
         };
         let command = |reply| Command::RollBack {
             name: name.to_owned(),
             snapshot: target.reference(),
-            base: base_ref,
+            base: lineage.lineage.base.clone(),
             differs,
             force: request.force,
             reply,
@@ -215,9 +216,9 @@ impl Control {
     }
 
     /// The manifest of what the volume's changes count from, if it is still there.
-    async fn base_of(&self, lineage: &VolumeLineage) -> Answer<Option<Manifest>> {
+    async fn base_of(&self, lineage: &VolumeLineage) -> Answer<Option<Arc<Manifest>>> {
         let Some(base) = &lineage.lineage.base else { return Ok(None) };
-        match self.manifest_as_it_is(&base.name).await {
+        match self.kept_manifest(&base.name).await {
             Ok(manifest) => Ok(Some(manifest).filter(|manifest| manifest.id == base.id)),
             Err(problem) if problem.is(Status::UnknownSnapshot) => Ok(None),
             Err(problem) => Err(problem),
@@ -225,26 +226,14 @@ impl Control {
     }
 
     /// Puts back what a chunk should hold.
-    async fn repair(&self, lineage: &VolumeLineage, base: Option<&Manifest>, chunk: u32) -> Answer<bool> {
-        let content = match base.filter(|base| entry(base, chunk).is_some()) {
+    async fn repair(&self, lineage: &VolumeLineage, manifest: Option<&Arc<Manifest>>, chunk: u32) -> Answer<bool> {
+        let content = match manifest.filter(|manifest| entry(manifest, chunk).is_some()) {
             None => Vec::new(),
-            Some(base) => self.chunk_of(base.clone(), chunk).await?,
+            Some(manifest) => self.block(manifest, chunk).await?.to_vec(),
         };
-        let shard = (lineage.id.0 >> 48) as usize % self.0.shards.count();
-        let repair = |reply| Command::RepairChunk { volume: lineage.id, chunk, content, reply };
-        Ok(self.0.shards.ask(shard, repair).await??)
-    }
-
-    /// A chunk from the object store, verified.
-    async fn chunk_of(&self, manifest: Manifest, chunk: u32) -> Answer<Vec<u8>> {
-        let choice = self.0.settings.object_store_choice.clone();
-        let read = tokio::task::spawn_blocking(move || {
-            let store = open_store(&choice.ok_or_else(|| "the node has no object store".to_owned())?);
-            let store = store.map_err(|e| e.to_string())?;
-            read::chunk(&store, &manifest, chunk)
-        });
-        let read = read.await.map_err(|e| Problem::new(Status::Internal, e.to_string()))?;
-        read.map_err(|why| Problem::new(Status::ObjectStore, why))
+        let (volume, base) = (lineage.id, lineage.lineage.base.clone());
+        let repair = |reply| Command::RepairChunk { volume, chunk, base, content, reply };
+        Ok(self.0.shards.ask(volume.owner(self.0.shards.count()), repair).await??)
     }
 
     pub(super) async fn verify(&self, name: &str, params: &VerifyParams) -> Answer<Verified> {
@@ -259,12 +248,12 @@ impl Control {
                 format!("volume {name:?} builds on snapshot {:?}, which was deleted: take a new one", &*gone.name);
             return Err(Problem::new(Status::UnknownSnapshot, detail));
         }
-        let chunks = chunks_of(&lineage);
+        let chunks = lineage.chunks();
         let end = params.from.saturating_add(count).min(chunks);
         let mut found = Verified {
             volume: name.to_owned(),
             snapshot: base.as_ref().map(|base| base.name.clone()),
-            snapshot_id: base.as_ref().map(|base| format!("{:032x}", base.id)),
+            snapshot_id: base.as_ref().map(|base| id_text(base.id)),
             size_bytes: lineage.size_bytes,
             chunk_bytes: lineage.chunk_bytes,
             chunks,
@@ -279,9 +268,13 @@ impl Control {
         };
         let shard = self.0.shards.owner_of(name);
         for chunk in params.from..end {
-            let check = |reply| Command::CheckChunk { volume: lineage.id, chunk, reply };
+            let wanted = base.as_ref().and_then(|base| entry(base, chunk));
+            let (volume, base_ref) = (lineage.id, lineage.lineage.base.clone());
+            let len = wanted.map_or(0, |(_, len)| len);
+            let check = |reply| Command::CheckChunk { volume, chunk, len, base: base_ref, reply };
             let checked = self.0.shards.ask(shard, check).await??;
-            let equal = equals(&checked, base.as_ref(), chunk, &lineage);
+            // Behind the end of the snapshot a longer volume has zeroes.
+            let equal = checked.rest_is_zero && wanted.is_none_or(|(digest, _)| checked.digest == Some(digest));
             match (checked.digest, checked.changed) {
                 (None, _) => found.absent += 1,
                 (Some(_), Some(true)) => found.changed += 1,
@@ -307,37 +300,12 @@ impl Control {
     }
 }
 
-fn chunks_of(lineage: &VolumeLineage) -> u32 {
-    u32::try_from(lineage.size_bytes.div_ceil(u64::from(lineage.chunk_bytes))).unwrap_or(u32::MAX)
-}
-
+/// Digest and length of a chunk that a snapshot has data for.
 fn entry(manifest: &Manifest, chunk: u32) -> Option<([u8; 32], u32)> {
-    if chunk >= manifest.chunk_count() {
-        return None;
-    }
-    match manifest.chunk(chunk) {
-        ChunkEntry::Zero => None,
-        ChunkEntry::Stored { digest, .. } => Some((digest, manifest.chunk_len(chunk))),
-    }
+    manifest.digest(chunk).map(|digest| (digest, manifest.chunk_len(chunk)))
 }
 
-/// Chunks that two snapshots hold differently.
-fn differing(a: &Manifest, b: &Manifest, chunks: u32) -> ChunkSet {
-    (0..chunks).filter(|chunk| entry(a, *chunk) != entry(b, *chunk)).collect()
-}
-
-fn with_data(manifest: &Manifest, chunks: u32) -> ChunkSet {
-    (0..chunks).filter(|chunk| entry(manifest, *chunk).is_some()).collect()
-}
-
-/// Whether a chunk on the disk is what the snapshot has there.
-fn equals(checked: &CheckedChunk, base: Option<&Manifest>, chunk: u32, lineage: &VolumeLineage) -> bool {
-    let at = u64::from(chunk) * u64::from(lineage.chunk_bytes);
-    let len = u32::try_from((lineage.size_bytes - at).min(u64::from(lineage.chunk_bytes))).unwrap_or(u32::MAX);
-    match base.and_then(|base| entry(base, chunk)) {
-        None => checked.zero,
-        // The snapshot's last chunk goes on with zeroes in a longer volume, which its digest says nothing of.
-        Some((_, stored)) if stored < len => true,
-        Some((digest, _)) => checked.digest == Some(digest),
-    }
+/// Chunks that two snapshots hold differently; `None` holds zeroes.
+fn differing(a: Option<&Manifest>, b: &Manifest, chunks: u32) -> ChunkSet {
+    (0..chunks).filter(|chunk| a.and_then(|a| entry(a, *chunk)) != entry(b, *chunk)).collect()
 }

@@ -11,8 +11,8 @@ use super::Control;
 use super::problem::Answer;
 use super::restoring::VerifyParams;
 
-/// Chunks looked at before the pace is looked at.
-const STEP_CHUNKS: u32 = 4;
+/// Chunks looked at before the pace is looked at: each step asks the object store whether the snapshot is still the same.
+const STEP_CHUNKS: u32 = 16;
 /// Between two rounds over all volumes, and before the first.
 const ROUND_PAUSE: Duration = Duration::from_secs(60);
 

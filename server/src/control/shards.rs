@@ -149,7 +149,7 @@ fn data_of(answer: std::result::Result<ObjectOpReply, ObjectError>) -> Result<Op
     }
 }
 
-fn object_error(error: &ObjectError) -> Error {
+pub(super) fn object_error(error: &ObjectError) -> Error {
     let status = match error {
         ObjectError::Corrupt(_) => Status::Corrupt,
         _ => Status::ObjectStore,

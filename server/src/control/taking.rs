@@ -17,7 +17,6 @@ use crate::budget::TokenBucket;
 use crate::datadir::random_bytes;
 use crate::error::{Error, Result, Status};
 use crate::import::{Begun, Captured, Device, Found, ImportError, StoredVolume, begin_snapshot};
-use crate::object_store::ObjectError;
 use crate::object_store::any::StoreChoice;
 use crate::platform::Platform;
 use crate::platform::blocking::{Blocking, ToolStore, open_store};
@@ -26,7 +25,7 @@ use crate::shard::changes::ChunkSet;
 use crate::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, deletion};
 use crate::types::{Changed, SnapshotRef};
 
-use super::shards::Shards;
+use super::shards::{Shards, object_error};
 
 /// Compression shares the cores with the shards: one thread leaves them most of one.
 const THREADS: usize = 1;
@@ -328,10 +327,6 @@ impl Pace {
         };
         std::thread::sleep(wait);
     }
-}
-
-fn object_error(error: &ObjectError) -> Error {
-    Error::new(Status::ObjectStore, format!("object store: {error}"))
 }
 
 fn import_error(error: &ImportError) -> Error {

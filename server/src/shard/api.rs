@@ -1,5 +1,6 @@
 //! What a shard is asked: by connections (data path), by the control thread, and by other shards.
 
+mod cache;
 mod loads;
 mod snapshots;
 
@@ -8,7 +9,7 @@ use std::future::Future;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use crate::cache::{ChunkData, TierStatus};
+use crate::cache::ChunkData;
 use crate::error::Result;
 use crate::histogram::HistogramCounts;
 use crate::shard::changes::ChunkSet;
@@ -16,6 +17,7 @@ use crate::transfer::Digest;
 use crate::transfer::ledger::{Origin, Totals};
 use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
+pub use cache::{CacheStatus, Dropped, WarmStatus};
 pub use loads::{BatchOnStore, BatchTotals, StoreLoad, StoreSharing};
 pub use snapshots::{CheckedChunk, CutVolume, CutWanted, VolumeLineage};
 
@@ -360,16 +362,19 @@ pub enum Command {
         max: usize,
         reply: ReplyTo<Result<Vec<Range<u64>>>>,
     },
-    /// What a chunk of a volume holds now.
+    /// What a chunk of a volume holds now, by the digest of its first `len` bytes. Refused if changes count from another `base` by now.
     CheckChunk {
         volume: VolumeId,
         chunk: u32,
+        len: u32,
+        base: Option<SnapshotRef>,
         reply: ReplyTo<Result<CheckedChunk>>,
     },
-    /// Puts the content that a chunk should have back into it, unless a guest has written to it.
+    /// Puts what a chunk has in `base` back into it, unless a guest has written to it or changes count from another one by now.
     RepairChunk {
         volume: VolumeId,
         chunk: u32,
+        base: Option<SnapshotRef>,
         content: Vec<u8>,
         reply: ReplyTo<Result<bool>>,
     },
@@ -407,52 +412,6 @@ pub struct RecordedBoot {
     pub snapshot: SnapshotRef,
     /// Digests of the chunks in the order of their first touch, zero chunks left out.
     pub touched: Vec<Digest>,
-}
-
-/// A shard's part of the chunk cache.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct CacheStatus {
-    pub shard: usize,
-    pub ram: TierStatus,
-    /// `None`: not configured, or it could not be opened.
-    pub disk: Option<TierStatus>,
-    pub warming: Vec<WarmStatus>,
-}
-
-/// How far the warming of an image is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct WarmStatus {
-    pub image: String,
-    pub pin: bool,
-    pub running: bool,
-    /// Different chunks of the image that are stored.
-    pub chunks: u32,
-    /// In the cache, or they were there already.
-    pub chunks_done: u32,
-    pub chunks_pinned: u32,
-    /// Not fetched: the image is larger than the cache.
-    pub chunks_skipped: u32,
-    pub chunks_failed: u32,
-}
-
-impl WarmStatus {
-    /// Adds the same image's warming on another shard.
-    pub fn add(&mut self, other: &WarmStatus) {
-        self.pin |= other.pin;
-        self.running |= other.running;
-        self.chunks += other.chunks;
-        self.chunks_done += other.chunks_done;
-        self.chunks_pinned += other.chunks_pinned;
-        self.chunks_skipped += other.chunks_skipped;
-        self.chunks_failed += other.chunks_failed;
-    }
-}
-
-/// Chunks dropped, by tier.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Dropped {
-    pub chunks_ram: u64,
-    pub chunks_disk: u64,
 }
 
 pub enum ObjectOp {

@@ -1,3 +1,5 @@
+//! Changes and cuts against a disk of one number for each chunk.
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;

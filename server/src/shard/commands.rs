@@ -77,9 +77,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.roll_back(&name, snapshot, base.as_ref(), &differs, force).await));
             }
             Command::Absent { name, max, reply } => drop(reply.send(self.absent(&name, max))),
-            Command::CheckChunk { volume, chunk, reply } => drop(reply.send(self.check_chunk(volume, chunk).await)),
-            Command::RepairChunk { volume, chunk, content, reply } => {
-                drop(reply.send(self.repair_chunk(volume, chunk, content).await));
+            Command::CheckChunk { volume, chunk, len, base, reply } => {
+                drop(reply.send(self.check_chunk(volume, chunk, len, base.as_ref()).await));
+            }
+            Command::RepairChunk { volume, chunk, base, content, reply } => {
+                drop(reply.send(self.repair_chunk(volume, chunk, base.as_ref(), &content).await));
             }
             Command::Grow { name, size_bytes, reply } => drop(reply.send(self.grow(&name, size_bytes).await)),
             Command::TakeBoots { reply } => drop(reply.send(self.take_boots())),

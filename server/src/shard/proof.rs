@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::error::Result;
+use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
@@ -10,15 +10,21 @@ use crate::shard::api::CheckedChunk;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::hydration_queue::Class;
 use crate::shard::locks::Mode;
-use crate::shard::residency::SectorRange;
+use crate::shard::volume::Volume;
 use crate::snapshot::is_zero;
-use crate::types::{SECTOR_BYTES, VolumeId};
+use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Reads a chunk from the volume's disk, when its turn has come.
-    pub(super) async fn check_chunk(&self, id: VolumeId, chunk: u32) -> Result<CheckedChunk> {
+    pub(super) async fn check_chunk(
+        &self,
+        id: VolumeId,
+        chunk: u32,
+        len: u32,
+        base: Option<&SnapshotRef>,
+    ) -> Result<CheckedChunk> {
         self.refuse_when_stopping()?;
         let volume = self.volume(id)?;
         let whole = volume.map.borrow().chunk_sectors(chunk);
@@ -27,13 +33,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.0.stores[volume.store].fills.turn(&self.0.platform, bytes, FillTurn::Paced(Class::Background)).await;
         // Guests that write meanwhile would be seen half.
         let _alone = volume.locks.lock(chunk, Mode::Alone).await;
+        check_base(&volume, base)?;
         let changed = volume.changes.borrow().is_changed(chunk);
         if !volume.map.borrow().is_chunk_resident(chunk) {
-            return Ok(CheckedChunk { digest: None, zero: false, changed });
+            return Ok(CheckedChunk { digest: None, rest_is_zero: false, changed });
         }
         let read = volume.read_sectors(whole).await?;
-        let content = &read[..self.bytes_in_device(volume.spec.size_bytes, whole)];
-        Ok(CheckedChunk { digest: Some(*blake3::hash(content).as_bytes()), zero: is_zero(content), changed })
+        let in_device = (whole.end * SECTOR).min(volume.spec.size_bytes) - whole.start * SECTOR;
+        let (content, rest) = read[..in_device as usize].split_at((len as usize).min(in_device as usize));
+        Ok(CheckedChunk { digest: Some(*blake3::hash(content).as_bytes()), rest_is_zero: is_zero(rest), changed })
     }
 
     /// What is not in the volume: as bytes of the device.
@@ -57,23 +65,33 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(ranges)
     }
 
-    /// Writes over a chunk what it should hold. `false`: a guest has written to it, so nobody knows what it should hold.
-    pub(super) async fn repair_chunk(&self, id: VolumeId, chunk: u32, content: Vec<u8>) -> Result<bool> {
+    /// Writes over a chunk what it has in `base`. `false`: a guest has written to it, so nobody knows what it should hold.
+    pub(super) async fn repair_chunk(
+        &self,
+        id: VolumeId,
+        chunk: u32,
+        base: Option<&SnapshotRef>,
+        content: &[u8],
+    ) -> Result<bool> {
         self.refuse_when_stopping()?;
         let volume = self.volume(id)?;
-        let _alone = volume.locks.lock(chunk, Mode::Alone).await;
-        if volume.changes.borrow().is_changed(chunk) != Some(false) || !volume.map.borrow().is_chunk_resident(chunk) {
-            return Ok(false);
-        }
-        let whole = volume.map.borrow().chunk_sectors(chunk);
-        let mut buf = self.0.platform.alloc(((whole.end - whole.start) * SECTOR) as usize);
-        crate::shard::volume::copy_padded(&mut buf, &content, 0);
-        volume.write_sectors(whole.start, buf).await?;
+        let rotted = |volume: &Volume<P>| {
+            check_base(volume, base)?;
+            Ok(volume.changes.borrow().is_changed(chunk) == Some(false))
+        };
+        let repaired = volume.overwrite(chunk, content, rotted).await?;
         self.note_dirty(&volume);
-        Ok(true)
+        Ok(repaired)
     }
+}
 
-    fn bytes_in_device(&self, size_bytes: u64, sectors: SectorRange) -> usize {
-        ((sectors.end * SECTOR).min(size_bytes) - sectors.start * SECTOR) as usize
+/// What was asked about goes by an account of changes that is still the volume's.
+pub(super) fn check_base<P: Platform>(volume: &Volume<P>, base: Option<&SnapshotRef>) -> Result<()> {
+    match volume.changes.borrow().base() == base {
+        true => Ok(()),
+        false => {
+            let text = format!("a snapshot of volume {:?} was taken meanwhile: try again", &*volume.spec.name);
+            Err(Error::new(Status::Conflict, text))
+        }
     }
 }

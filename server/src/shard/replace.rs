@@ -13,6 +13,7 @@ use crate::object_store::ObjectStore;
 use crate::platform::Platform;
 use crate::shard::Shard;
 use crate::shard::changes::ChunkSet;
+use crate::shard::proof::check_base;
 use crate::shard::volume::Volume;
 use crate::types::{ChunkResidency, Lineage, SECTOR_BYTES, SnapshotRef, VolumeState};
 
@@ -30,10 +31,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let volume = self.by_name(name)?;
         self.retire(&volume, force).await?;
         let replaced = async {
-            if volume.changes.borrow().base() != base {
-                let text = format!("a snapshot of volume {name:?} was taken meanwhile: try again");
-                return Err(Error::new(Status::Conflict, text));
-            }
+            check_base(&volume, base)?;
             let keeps = |chunk| volume.changes.borrow().is_changed(chunk) == Some(false) && !differs.contains(chunk);
             let mut state = self.settled(&volume).await?;
             let held = whole_residency(&volume, state.residency, state.hydrated);

@@ -115,19 +115,6 @@ pub fn export<S: ObjectStore + Send + Sync>(
     })
 }
 
-/// One chunk, checked; nothing of a zero chunk.
-///
-/// # Errors
-/// Says which chunk and why.
-pub fn chunk<S: ObjectStore>(store: &S, manifest: &Manifest, index: u32) -> Result<Vec<u8>, String> {
-    match fetch(store, manifest, index) {
-        Content::Zero => Ok(Vec::new()),
-        Content::Data { raw, .. } => Ok(raw.to_vec()),
-        Content::Bad(bad) => Err(bad.to_string()),
-        Content::StoreFailed(e) => Err(format!("object store: {e}")),
-    }
-}
-
 enum Content {
     Zero,
     Data { raw: AlignedBytes, stored_len: u32 },

@@ -30,6 +30,21 @@ pub struct Image {
     pub content: Vec<u8>,
 }
 
+/// A simulated machine with an object store and a snapshot, for tests that add what they do with it.
+pub struct Lab {
+    pub world: SimWorld,
+    pub objects: SimObjects,
+    pub image: Image,
+}
+
+impl Lab {
+    /// As [`world`].
+    pub fn of(chunks: u32, short_by: usize, zero_every: u32, seed: u64) -> Lab {
+        let (world, objects, image) = world("debian", chunks, short_by, zero_every, seed);
+        Lab { world, objects, image }
+    }
+}
+
 /// A simulated machine with an object store, and in it a snapshot made by [`image`].
 pub fn world(name: &str, chunks: u32, short_by: usize, zero_every: u32, seed: u64) -> (SimWorld, SimObjects, Image) {
     let world = SimWorld::new(seed);

@@ -10,10 +10,10 @@ use proptest::prelude::*;
 use super::super::{CHECKPOINT_LOG_BYTES_MIN, Journal, Lsn, Record};
 use super::commit::{empty, recovered};
 use super::harness::{Call, TestPlatform, run, yield_once};
-use super::model::{Change, Model, change, spec};
+use super::model::{Change, Model, change, spec, state};
 use crate::error::Status;
 use crate::platform::Platform;
-use crate::types::{Lineage, VolumeState};
+use crate::types::VolumeState;
 
 /// A shard: its facts and their journal.
 struct Shard {
@@ -88,13 +88,7 @@ fn a_checkpoint_makes_what_was_appended_before_it_durable() {
     run(|platform, dir| async move {
         let journal = empty(&platform, &dir).await;
         let lsn = journal.append(&Record::Created(spec(1)));
-        let state = VolumeState {
-            spec: spec(1),
-            generation: 0,
-            residency: Vec::new(),
-            hydrated: false,
-            lineage: Lineage::new(None),
-        };
+        let state = state(1, 0);
         let mut dump = [state.clone()].into_iter();
         journal.checkpoint(|| dump.next()).await.expect("checkpoint");
         assert_eq!(journal.pending_bytes(), 0);
@@ -236,13 +230,7 @@ fn closing_ends_a_running_checkpoint() {
     run(|platform, dir| async move {
         let journal = empty(&platform, &dir).await;
         let lsn = journal.append(&Record::Created(spec(1)));
-        let state = VolumeState {
-            spec: spec(1),
-            generation: 0,
-            residency: Vec::new(),
-            hydrated: false,
-            lineage: Lineage::new(None),
-        };
+        let state = state(1, 0);
         let endless = journal.checkpoint(|| Some(state.clone()));
         let (checkpoint, closed) = join(endless, journal.clone().close()).await;
         closed.expect("close");

@@ -4,19 +4,13 @@ use std::path::Path;
 
 use super::super::{Journal, Record, commit_epoch, recover, recover_existing};
 use super::harness::{Call, TestPlatform, run};
-use super::model::spec;
+use super::model::{self, spec};
 use crate::error::Status;
 use crate::platform::{File, OpenMode, Platform};
-use crate::types::{Lineage, VolumeState};
+use crate::types::VolumeState;
 
 fn state(index: u64) -> VolumeState {
-    VolumeState {
-        spec: spec(index),
-        generation: index,
-        residency: Vec::new(),
-        hydrated: false,
-        lineage: Lineage::new(None),
-    }
+    model::state(index, index)
 }
 
 /// A node with two shards in epoch 1: volume 0 on shard 0, volume 1 on shard 1.

@@ -23,6 +23,11 @@ pub(super) fn spec(index: u64) -> VolumeSpec {
     }
 }
 
+/// A volume of which nothing is resident, attached so often.
+pub(super) fn state(index: u64, generation: u64) -> VolumeState {
+    VolumeState { spec: spec(index), generation, residency: Vec::new(), hydrated: false, lineage: Lineage::new(None) }
+}
+
 /// Sectors of a chunk that exist.
 fn sectors_of(spec: &VolumeSpec, chunk: u32) -> u32 {
     let left = spec.size_bytes - u64::from(chunk) * u64::from(spec.chunk_bytes);

@@ -20,9 +20,10 @@ pub struct VolumeLineage {
 /// What a chunk of a volume holds on its disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedChunk {
-    /// Of the chunk's bytes inside the device; `None`: not all of them are in the volume.
+    /// Of as many of its first bytes as were asked for; `None`: not all of the chunk is in the volume.
     pub digest: Option<[u8; 32]>,
-    pub zero: bool,
+    /// Behind them are zeroes up to the end of the chunk or of the device.
+    pub rest_is_zero: bool,
     /// Whether guests may have changed it since the base; `None`: nobody knows.
     pub changed: Option<bool>,
 }
@@ -49,4 +50,12 @@ pub struct CutVolume {
     pub chunks: Vec<u32>,
     /// How long its guest was held back.
     pub stall: Duration,
+}
+
+impl VolumeLineage {
+    /// Chunks of the device.
+    #[must_use]
+    pub fn chunks(&self) -> u32 {
+        u32::try_from(self.size_bytes.div_ceil(u64::from(self.chunk_bytes))).expect("checked at creation")
+    }
 }

@@ -117,6 +117,25 @@ impl<P: Platform> Volume<P> {
         self.change("clone into", clone).await
     }
 
+    /// Writes over a whole chunk that is resident what it should hold, if `may` says so once it is held alone.
+    pub async fn overwrite(
+        &self,
+        chunk: u32,
+        content: &[u8],
+        may: impl FnOnce(&Volume<P>) -> Result<bool>,
+    ) -> Result<bool> {
+        let _alone = self.locks.lock(chunk, Mode::Alone).await;
+        let Some(_filling) = Filling::begin(self) else { return Ok(false) };
+        if !may(self)? || !self.map.borrow().is_chunk_resident(chunk) {
+            return Ok(false);
+        }
+        let whole = self.map.borrow().chunk_sectors(chunk);
+        let mut buf = self.platform.alloc(((whole.end - whole.start) * SECTOR) as usize);
+        copy_padded(&mut buf, content, 0);
+        self.write_sectors(whole.start, buf).await?;
+        Ok(true)
+    }
+
     /// Makes absent sectors of zero chunks resident: nothing is fetched.
     pub async fn fill_zero(&self, chunks: RangeInclusive<u32>) -> Result<()> {
         assert!((chunks.end() - chunks.start()) < ZERO_RUN_CHUNKS_MAX, "bounded by the caller");
