@@ -213,11 +213,10 @@ fn start_once(config: NodeConfig) -> Result<Node> {
     }
     let bound = listen::bind(&config.listen, shards)?;
     let (journal_dir, journal_exists) = (config.journal_dir.clone(), config.journal_exists);
-    let mut recovered = on_temporary_executor(async move |platform| match journal_exists {
+    let recovered = on_temporary_executor(async move |platform| match journal_exists {
         true => journal::recover_existing(&platform, &journal_dir).await,
         false => journal::recover(&platform, &journal_dir).await,
     })?;
-    recovered.doubt_after_crash();
     let Recovered { epoch, fresh, volumes, files, .. } = recovered;
     let report = RecoveryReport { fresh, epoch: epoch + 1, volumes: volumes.len(), files };
     let shard_map: ShardMap = bound.iter().map(listen::Bound::map_entry).collect();

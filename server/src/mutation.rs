@@ -93,8 +93,10 @@ pub enum Mutation {
     CutDoesNotWaitForWrites,
     /// A rollback leaves chunks resident that differ.
     RollbackKeepsResidency,
-    /// What had changed is believed after a crash.
-    CrashKeepsLineage,
+    /// A guest's write goes to the disk before the journal has it that the chunk may change.
+    ChangeNotAnnounced,
+    /// A checkpoint has nothing of what guests changed.
+    CheckpointForgetsChanges,
 }
 
 impl Mutation {
@@ -143,7 +145,7 @@ impl Mutation {
     };
 
     /// Those of snapshots, which have scenarios of their own.
-    pub const OF_SNAPSHOTS: [Mutation; 6] = {
+    pub const OF_SNAPSHOTS: [Mutation; 7] = {
         use Mutation::*;
         [
             ChangeNotNoted,
@@ -151,7 +153,8 @@ impl Mutation {
             WriteOvertakesCapture,
             CutDoesNotWaitForWrites,
             RollbackKeepsResidency,
-            CrashKeepsLineage,
+            ChangeNotAnnounced,
+            CheckpointForgetsChanges,
         ]
     };
 }

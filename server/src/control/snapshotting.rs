@@ -11,7 +11,7 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use volley_protocol::name::check_name;
 
-use crate::error::{Error, Status};
+use crate::error::{Error, Result, Status};
 
 use super::Control;
 use super::extract::{Body, Params, Segment};
@@ -191,7 +191,7 @@ impl Control {
         let _turn = state.turn.lock().await;
         state.change(&name, |task| (task.state, task.begun) = ("running", Some(Instant::now())));
         let (control, task) = (self.clone(), name.clone());
-        let taken = tokio::task::spawn_blocking(move || {
+        let take = move || {
             let settings = &control.0.settings;
             let Some(choice) = &settings.object_store_choice else {
                 return Err(Error::new(Status::Invalid, "the node has no object store"));
@@ -201,8 +201,8 @@ impl Control {
                 control.0.snapshotting.change(&task, |task| (task.bytes_done, task.bytes_total) = (done, total));
             };
             taking::take(&control.0.shards, choice, &wanted, &progress)
-        });
-        let taken = taken.await.unwrap_or_else(|e| Err(Error::new(Status::Internal, format!("it ended early: {e}"))));
+        };
+        let taken = on_own_thread(take).await;
         match &taken {
             Ok(taken) => {
                 for one in taken {
@@ -229,6 +229,14 @@ impl Control {
         });
         state.end(&name);
     }
+}
+
+/// Runs it on a thread that nobody uses afterwards: it may lower its priority.
+async fn on_own_thread<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("snapshot".to_owned()).spawn(move || drop(sender.send(run())));
+    thread.map_err(|e| Error::from_io("thread of a snapshot", &e))?;
+    receiver.await.unwrap_or_else(|_| Err(Error::new(Status::Internal, "it ended early")))
 }
 
 /// The volumes, and the names of their snapshots.

@@ -20,6 +20,7 @@ use crate::import::{Begun, Captured, Device, Found, ImportError, StoredVolume, b
 use crate::object_store::any::StoreChoice;
 use crate::platform::Platform;
 use crate::platform::blocking::{Blocking, ToolStore, open_store};
+use crate::platform::glommio::lower_priority;
 use crate::shard::api::{Command, CutVolume, CutWanted, VolumeLineage};
 use crate::shard::changes::ChunkSet;
 use crate::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, deletion};
@@ -98,6 +99,8 @@ pub(super) fn take(
     random_bytes(&mut cut).map_err(|e| Error::from_io("random number", &e))?;
     let cut = u64::from_le_bytes(cut);
     let cuts = cut_all(shards, &subjects, cut).inspect_err(|_| abandon(&store, &subjects, &begun))?;
+    // Writes go on, and nobody waits for the rest.
+    lower_priority();
     let stored = store_all(shards, &store, &subjects, &begun, cut, &cuts, wanted.bandwidth, progress)
         .and_then(|stored| commit_all(&store, &begun, &stored).map(|()| stored));
     for (at, (subject, cut_volume)) in subjects.iter().zip(&cuts).enumerate() {
@@ -175,14 +178,16 @@ fn cut_all(shards: &Shards, subjects: &[Subject], cut: u64) -> Result<Vec<CutVol
     for subject in subjects {
         by_shard.entry(subject.shard).or_default().push(subject.wanted());
     }
-    // All are asked before any answer is awaited; what is frozen and not cut thaws by itself.
-    for (shard, wanted) in &by_shard {
+    let freeze = |(shard, wanted): (&usize, &Vec<CutWanted>)| {
         let names = wanted.iter().map(|wanted| wanted.name.clone()).collect();
-        shards.ask_now(*shard, |reply| Command::Freeze { names, cut, reply })??;
-    }
+        shards.ask_now(*shard, |reply| Command::Freeze { names, cut, reply }).and_then(|frozen| frozen).err()
+    };
+    let mut frozen = 0;
+    let mut failed = by_shard.iter().inspect(|_| frozen += 1).find_map(freeze);
+    // Also of a group that can't be frozen as a whole: a cut, which is ended below, is what lets writes go on.
+    frozen -= usize::from(failed.is_some());
     let mut cuts: BTreeMap<String, CutVolume> = BTreeMap::new();
-    let mut failed = None;
-    for (shard, wanted) in by_shard {
+    for (shard, wanted) in by_shard.into_iter().take(frozen) {
         match shards.ask_now(shard, |reply| Command::Cut { wanted, cut, reply }).and_then(|cut| cut) {
             Ok(made) => cuts.extend(made.into_iter().map(|cut| (cut.name.clone(), cut))),
             Err(error) => failed = failed.or(Some(error)),

@@ -42,6 +42,11 @@ pub enum Record {
     },
     /// The volume was rolled back or resized: this replaces all that is known of it.
     Replaced(VolumeState),
+    /// Guests may change these chunks from now on: first chunk and count.
+    Changing {
+        volume: VolumeId,
+        run: (u32, u32),
+    },
 }
 
 /// What a segment file holds: the facts of [`Record`] as they are stored, and what the journal itself writes.
@@ -81,6 +86,10 @@ pub(super) enum Entry {
         spec: VolumeSpec,
         generation: u64,
         hydrated: bool,
+    },
+    Changing {
+        volume: VolumeId,
+        run: (u32, u32),
     },
     /// Everything before was synced before the file got its final name. Counts the `State` entries before it.
     CheckpointComplete {
@@ -125,6 +134,7 @@ mod kind {
     pub(super) const CLOSED: u8 = 9;
     pub(super) const LINEAGE: u8 = 10;
     pub(super) const REPLACED: u8 = 11;
+    pub(super) const CHANGING: u8 = 12;
 }
 
 const RATE_UNLIMITED: u8 = 0;
@@ -164,6 +174,11 @@ pub(super) fn encode(record: &Record, sink: &mut impl FnMut(&[u8])) {
         Record::Hydrated { volume } => emit(kind::HYDRATED, sink, |body| put_u64(body, volume.0)),
         Record::Lineage { volume, lineage } => encode_lineage(*volume, lineage, sink),
         Record::Replaced(state) => encode_whole(kind::REPLACED, state, sink),
+        Record::Changing { volume, run } => emit(kind::CHANGING, sink, |body| {
+            put_u64(body, volume.0);
+            put_u32(body, run.0);
+            put_u32(body, run.1);
+        }),
     }
 }
 
@@ -201,7 +216,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(Entry, usize), RecordError> {
     let kind = head[4];
     let malformed = |what| RecordError::Malformed { kind, what };
     // The kind first: a newer version may have kinds that are longer than our limit.
-    if !(kind::STATE..=kind::REPLACED).contains(&kind) {
+    if !(kind::STATE..=kind::CHANGING).contains(&kind) {
         return Err(RecordError::UnknownKind(kind));
     }
     if head[5..] != [0; 3] {
@@ -245,6 +260,13 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Entry, &'static str>
         kind::HYDRATED => Entry::Hydrated(VolumeId(reader.u64()?)),
         kind::CHECKPOINT_COMPLETE => Entry::CheckpointComplete { volumes: reader.u64()? },
         kind::LINEAGE => take_lineage(reader)?,
+        kind::CHANGING => {
+            let (volume, run) = (VolumeId(reader.u64()?), (reader.u32()?, reader.u32()?));
+            if run.1 == 0 || run.0.checked_add(run.1).is_none() {
+                return Err("the run of chunks is empty or has no end");
+            }
+            Entry::Changing { volume, run }
+        }
         _ => Entry::Closed,
     })
 }

@@ -10,7 +10,7 @@ use super::scan::{Scan, ScanError, Scanned, WINDOW_BYTES};
 use crate::error::{Error, Result, Status};
 use crate::mutation::{self, Mutation};
 use crate::platform::{DirEntry, File, OpenMode, Platform};
-use crate::types::{Changed, VolumeId, VolumeState};
+use crate::types::{VolumeId, VolumeState};
 
 /// What the journals of a node say.
 #[derive(Debug)]
@@ -25,22 +25,6 @@ pub struct Recovered {
     pub volumes: Vec<VolumeState>,
     /// One for each journal, by shard.
     pub files: Vec<FileReport>,
-}
-
-impl Recovered {
-    /// After a crash nobody knows which of the writes that no flush has covered are on the disk: any chunk of a volume that was
-    /// in use may differ from what its lineage says. A volume that was never attached was never written to.
-    pub fn doubt_after_crash(&mut self) {
-        for volume in &mut self.volumes {
-            let journal = self.files.get(volume.spec.id.owner(self.shards));
-            if mutation::on(Mutation::CrashKeepsLineage) {
-                continue;
-            }
-            if volume.generation > 0 && journal.is_none_or(|journal| !journal.closed) {
-                volume.lineage.changed = Changed::Unknown;
-            }
-        }
-    }
 }
 
 /// How one journal read.

@@ -86,6 +86,11 @@ impl Replay {
                     volume.set_lineage(lineage, continued)?;
                 }
             }
+            Entry::Changing { volume, run } => {
+                if let Some(volume) = self.volumes.get_mut(&volume) {
+                    volume.add_changing(run)?;
+                }
+            }
             Entry::CheckpointComplete { .. } if self.complete => return Err(ReplayError::SecondComplete),
             Entry::CheckpointComplete { volumes } if volumes != self.states => {
                 return Err(ReplayError::VolumeCount { said: volumes, found: self.states });
@@ -135,6 +140,17 @@ impl Volume {
             }
             _ => Err(ReplayError::Lineage(volume)),
         }
+    }
+
+    fn add_changing(&mut self, (start, len): (u32, u32)) -> Result<(), ReplayError> {
+        let (volume, chunks) = (self.spec.id, self.spec.chunks());
+        if start + len > chunks {
+            return Err(ReplayError::ChunkOutOfRange { volume, chunk: u64::from(start + len) - 1, chunks });
+        }
+        if let Changed::Runs(runs) = &mut self.lineage.changed {
+            join(runs, start, start + len);
+        }
+        Ok(())
     }
 
     /// Everything is checked before anything changes.
@@ -190,4 +206,16 @@ fn sectors_of_chunk(spec: &VolumeSpec, chunk: u32) -> usize {
 fn bitmap_fits(words: &[u64], sectors: usize) -> bool {
     let spare = words.len() * 64 - sectors.min(words.len() * 64);
     words.len() == sectors.div_ceil(64) && words.last().is_some_and(|last| spare == 0 || last >> (64 - spare) == 0)
+}
+
+/// Adds `start..end` to runs that are in order and do not touch.
+fn join(runs: &mut Vec<(u32, u32)>, start: u32, end: u32) {
+    let from = runs.partition_point(|(first, len)| first + len < start);
+    let to = runs.partition_point(|(first, _)| *first <= end);
+    let (mut start, mut end) = (start, end);
+    if from < to {
+        let (last, len) = runs[to - 1];
+        (start, end) = (start.min(runs[from].0), end.max(last + len));
+    }
+    runs.splice(from..to, [(start, end - start)]);
 }

@@ -35,6 +35,8 @@ const SERVE_SHARES: usize = 1000;
 const BACKGROUND_SHARES: usize = 100;
 /// Within this a runnable task of the serve queue is looked at: glommio preempts background work for it.
 const SERVE_LATENCY: Duration = Duration::from_millis(1);
+/// A tenth of the weight of a thread that serves guests: little beside them, and never nothing.
+const BACKGROUND_NICE: libc::c_int = 10;
 /// Volume files hold guests' data: nobody but the server's user and group reads them.
 const FILE_MODE: libc::mode_t = 0o640;
 
@@ -219,6 +221,14 @@ pub fn kernel_random_u64() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Lets this thread, and those it starts from now on, give way to all others: for work that nobody waits for.
+pub fn lower_priority() {
+    // SAFETY: no memory is passed; on Linux, 0 is the calling thread.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, BACKGROUND_NICE) } != 0 {
+        tracing::debug!(error = %io::Error::last_os_error(), "the priority of a thread stays as it is");
+    }
 }
 
 /// glommio wraps OS errors with the file's name and loses the number on conversion: keep the number.

@@ -5,13 +5,20 @@
 //! cut are *pending* until they were captured; a guest that writes to a pending chunk first has its old content *staged*. The cut
 //! ends with the commit of the snapshot, and only then is forgotten what was changed before it: so a snapshot that fails, at
 //! whatever moment, costs the next one nothing but reading.
+//!
+//! What a restart knows of it is what the journal has: the set as of the last checkpoint, and the *regions* of chunks that were announced since.
+//! A region is announced before the first write to it, so after a crash too many chunks may count as changed, and never too few.
 
 use std::collections::BTreeMap;
+use std::ops::{Range, RangeInclusive};
 
 use crate::mutation::{self, Mutation};
 use crate::types::{Changed, Lineage, SnapshotRef};
 
-/// A set of chunks.
+/// Chunks that are announced together: with chunks of 512 KiB one record of the journal for 64 MiB of a volume.
+const REGION_CHUNKS: u32 = 128;
+
+/// A set of chunks, or of sectors of a chunk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ChunkSet(Vec<u64>);
 
@@ -46,6 +53,11 @@ impl ChunkSet {
             .flat_map(|(at, word)| (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| at as u32 * 64 + bit))
     }
 
+    fn add(&mut self, other: &ChunkSet) {
+        self.0.resize(self.0.len().max(other.0.len()), 0);
+        self.0.iter_mut().zip(&other.0).for_each(|(word, more)| *word |= more);
+    }
+
     /// As runs, first chunk and count.
     #[must_use]
     pub fn runs(&self) -> Vec<(u32, u32)> {
@@ -68,11 +80,20 @@ impl FromIterator<u32> for ChunkSet {
     }
 }
 
-/// The old content of a chunk that a guest wrote to before it was captured: it is in the staging file at the chunk's own place.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Sectors of a chunk, counted from its first, that guests wrote to before it was captured.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Staged {
-    /// Runs of sectors that were the volume's own, and are in the staging file; the others are the source's.
-    pub own: Vec<(u64, u64)>,
+    /// They were the volume's own: their old content is in the staging file, at its own place.
+    pub own: ChunkSet,
+    /// They were not in the volume: their old content is the source's.
+    pub source: ChunkSet,
+}
+
+impl Staged {
+    #[must_use]
+    pub fn contains(&self, sector: u32) -> bool {
+        self.own.contains(sector) || self.source.contains(sector)
+    }
 }
 
 /// A snapshot being taken.
@@ -87,12 +108,21 @@ struct Cut {
     failed: Option<String>,
 }
 
-/// Where the content of a chunk at the moment of the cut is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Where {
-    /// In the volume: whoever reads it holds the chunk's lock, and says so afterwards.
-    Volume,
-    Staging(Staged),
+/// What the journal has of the changes since the base.
+#[derive(Debug, Default)]
+struct Announced {
+    /// A restart takes these for changed: guests may write to them.
+    durable: ChunkSet,
+    /// Grows whenever what was announced before does not count any more.
+    epoch: u64,
+}
+
+/// An announcement that is not durable yet.
+#[derive(Debug)]
+#[must_use]
+pub struct Announcement {
+    run: Range<u32>,
+    epoch: u64,
 }
 
 #[derive(Debug)]
@@ -100,6 +130,7 @@ pub struct Changes {
     base: Option<SnapshotRef>,
     /// Changed since the base; `None`: unknown.
     since_base: Option<ChunkSet>,
+    announced: Announced,
     cut: Option<Cut>,
 }
 
@@ -111,10 +142,21 @@ impl Changes {
             Changed::Unknown => None,
             Changed::Runs(runs) => Some(set(runs)),
         };
-        Changes { base: lineage.base, since_base, cut: None }
+        let announced = Announced { durable: since_base.clone().unwrap_or_default(), epoch: 0 };
+        Changes { base: lineage.base, since_base, announced, cut: None }
     }
 
-    /// As a restart is to know it.
+    /// For a record that replaces what the journal has of it: what guests may be writing to is in it, all else has to be announced again.
+    pub fn recorded(&mut self) -> Lineage {
+        let durable = self.since_base.clone().unwrap_or_default();
+        self.announced = Announced { durable, epoch: self.announced.epoch + 1 };
+        match mutation::on(Mutation::CheckpointForgetsChanges) {
+            true => Lineage { changed: Changed::Runs(Vec::new()), ..self.lineage() },
+            false => self.lineage(),
+        }
+    }
+
+    /// As far as is known now.
     #[must_use]
     pub fn lineage(&self) -> Lineage {
         let runs = self.since_base.as_ref().map(ChunkSet::runs);
@@ -132,7 +174,31 @@ impl Changes {
         self.since_base.as_ref().map(|set| set.contains(chunk))
     }
 
-    /// A guest is about to change a chunk, which it must not do while the chunk is pending.
+    /// The chunks, of `all` that there are, to announce before a guest may write to these.
+    #[must_use]
+    pub fn unannounced(&self, chunks: &RangeInclusive<u32>, all: u32) -> Option<Range<u32>> {
+        self.since_base.as_ref()?;
+        let missing = |chunk: &u32| !self.announced.durable.contains(*chunk);
+        let first = chunks.clone().find(missing)?;
+        let last = chunks.clone().rev().find(missing)?;
+        let region = |chunk: u32| chunk / REGION_CHUNKS * REGION_CHUNKS;
+        Some(region(first)..(region(last) + REGION_CHUNKS).min(all))
+            .filter(|_| !mutation::on(Mutation::ChangeNotAnnounced))
+    }
+
+    /// The announcement is appended to the journal now.
+    pub fn announce(&self, run: Range<u32>) -> Announcement {
+        Announcement { run, epoch: self.announced.epoch }
+    }
+
+    /// It is durable. Without effect where a later record replaced it.
+    pub fn announced(&mut self, announcement: Announcement) {
+        if announcement.epoch == self.announced.epoch {
+            announcement.run.for_each(|chunk| self.announced.durable.insert(chunk));
+        }
+    }
+
+    /// A guest is about to change a chunk: it is announced, and not pending.
     pub fn write(&mut self, chunk: u32) {
         if let Some(set) = &mut self.since_base
             && !mutation::on(Mutation::ChangeNotNoted)
@@ -168,19 +234,24 @@ impl Changes {
         self.cut.as_ref().map(|cut| cut.id)
     }
 
-    /// Whether the chunk's content is still needed where it is.
+    /// Those of the chunk's sectors whose content is still needed where it is.
     #[must_use]
-    pub fn is_pending(&self, chunk: u32) -> bool {
-        self.cut.as_ref().is_some_and(|cut| cut.failed.is_none() && cut.pending.contains(chunk))
+    pub fn needed(&self, chunk: u32, sectors: Range<u32>) -> Vec<u32> {
+        let Some(cut) = self.cut.as_ref().filter(|cut| cut.failed.is_none() && cut.pending.contains(chunk)) else {
+            return Vec::new();
+        };
+        let staged = cut.staged.get(&chunk);
+        sectors.filter(|sector| staged.is_none_or(|staged| !staged.contains(*sector))).collect()
     }
 
-    /// The old content of a pending chunk is staged: it may be written to.
-    pub fn staged(&mut self, chunk: u32, staged: Staged, bytes: u64) {
-        if let Some(cut) = &mut self.cut {
-            cut.pending.remove(chunk);
-            cut.staged.insert(chunk, staged);
-            cut.staged_bytes += bytes;
-        }
+    /// The old content of sectors of a pending chunk is safe: they may be written to. `false`: the cut has failed or ended meanwhile.
+    pub fn staged(&mut self, id: u64, chunk: u32, more: &Staged, bytes: u64) -> bool {
+        let Some(cut) = self.cut.as_mut().filter(|cut| cut.id == id && cut.failed.is_none()) else { return false };
+        let staged = cut.staged.entry(chunk).or_default();
+        staged.own.add(&more.own);
+        staged.source.add(&more.source);
+        cut.staged_bytes += bytes;
+        true
     }
 
     #[must_use]
@@ -195,32 +266,33 @@ impl Changes {
         }
     }
 
-    /// Where a chunk of the cut is.
+    /// Which sectors of a chunk of the cut are not as they were in the volume. Whoever reads the chunk holds its lock until it says that
+    /// it is captured.
     ///
     /// # Errors
     /// Why the snapshot can't be taken any more.
-    pub fn find(&self, id: u64, chunk: u32) -> Result<Where, String> {
+    pub fn find(&self, id: u64, chunk: u32) -> Result<Staged, String> {
         let Some(cut) = self.cut.as_ref().filter(|cut| cut.id == id) else {
             return Err("it was given up".to_owned());
         };
-        match (&cut.failed, cut.staged.get(&chunk)) {
-            (Some(why), _) => Err(why.clone()),
-            (None, Some(staged)) => Ok(Where::Staging(staged.clone())),
-            (None, None) if cut.pending.contains(chunk) => Ok(Where::Volume),
+        match &cut.failed {
+            Some(why) => Err(why.clone()),
+            None if cut.pending.contains(chunk) => Ok(cut.staged.get(&chunk).cloned().unwrap_or_default()),
             // It may have been written to since it was captured.
-            (None, None) => Err(format!("chunk {chunk} is no part of it, or was captured before")),
+            None => Err(format!("chunk {chunk} is no part of it, or was captured before")),
         }
     }
 
-    /// A chunk was read from the volume, while nobody could write to it.
+    /// A chunk was read, while nobody could write to it.
     pub fn captured(&mut self, id: u64, chunk: u32) {
         if let Some(cut) = self.cut.as_mut().filter(|cut| cut.id == id) {
             cut.pending.remove(chunk);
+            cut.staged.remove(&chunk);
         }
     }
 
-    /// Ends the cut. With the snapshot it became, only what was changed since then differs from it; without, all is as if it had never been
-    /// begun. `false`: there was no such cut.
+    /// Ends the cut. With the snapshot it became, only what was changed since then differs from it, which the caller records at once;
+    /// without, all is as if it had never been begun. `false`: there was no such cut.
     pub fn end(&mut self, id: u64, snapshot: Option<SnapshotRef>) -> bool {
         if self.cut() != Some(id) {
             return false;
@@ -228,8 +300,8 @@ impl Changes {
         let cut = self.cut.take();
         if let (Some(cut), Some(snapshot)) = (cut, snapshot) {
             self.base = Some(snapshot);
-            self.since_base =
-                Some(if mutation::on(Mutation::ChangesSinceCutForgotten) { ChunkSet::default() } else { cut.since });
+            let since = if mutation::on(Mutation::ChangesSinceCutForgotten) { ChunkSet::default() } else { cut.since };
+            self.since_base = Some(since);
         }
         true
     }

@@ -16,7 +16,7 @@ use crate::object_store::ObjectStore;
 use crate::platform::{File, OpenMode, Platform, Queue};
 use crate::shard::Shard;
 use crate::shard::api::{CutVolume, CutWanted, VolumeLineage};
-use crate::shard::changes::{Staged, Where};
+use crate::shard::changes::{ChunkSet, Staged};
 use crate::shard::datapath::Writing;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::hydration_queue::Class;
@@ -30,6 +30,8 @@ use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
 const SECTOR: u64 = SECTOR_BYTES as u64;
 /// Guests are held back so long at most: then the snapshot is given up.
 const FREEZE_MAX: Duration = Duration::from_secs(1);
+/// A write of one sector puts this much around it aside: few writes of a guest that writes in order wait for it.
+const COPIED_SECTORS: u32 = 16;
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// What the next snapshot of a volume builds on.
@@ -146,20 +148,33 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         })
     }
 
-    /// A guest's write has its locks and may go to the disk: nothing holds it back, and what snapshots need of its chunks is safe.
+    /// A guest's write has its locks and may go to the disk: nothing holds it back, the journal knows that its chunks may change, and what
+    /// snapshots need of its sectors is safe.
     pub(super) async fn begin_write<'a>(
         &self,
         volume: &'a Rc<Volume<P>>,
-        chunks: RangeInclusive<u32>,
+        sectors: SectorRange,
         mode: Mode,
-    ) -> (Vec<Guard>, Writing<'a, P>) {
+    ) -> Result<(Vec<Guard>, Writing<'a, P>)> {
         let mut mode = mode;
+        let (chunks, all) = {
+            let map = volume.map.borrow();
+            (map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1), map.chunks())
+        };
+        let needed = |chunk: u32| {
+            let whole = volume.map.borrow().chunk_sectors(chunk);
+            let part = sectors.start.max(whole.start)..sectors.end.min(whole.end);
+            volume.changes.borrow().needed(chunk, (part.start - whole.start) as u32..(part.end - whole.start) as u32)
+        };
+        let pending = || chunks.clone().filter(|chunk| !needed(*chunk).is_empty());
         loop {
             // Not one write in a million waits here: the others are not to pay for the waiting.
             if volume.frozen.get().is_some() && !mutation::on(Mutation::CutDoesNotWaitForWrites) {
                 volume.thawed.until(|| volume.frozen.get().is_none()).await;
             }
-            let pending = || chunks.clone().filter(|chunk| volume.changes.borrow().is_pending(*chunk));
+            if volume.changes.borrow().unannounced(&chunks, all).is_some() {
+                self.announce(volume, &chunks, all).await?;
+            }
             if pending().next().is_some() {
                 mode = Mode::Alone;
             }
@@ -170,33 +185,53 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             }
             if !mutation::on(Mutation::WriteOvertakesCapture) {
                 for chunk in staged {
-                    self.stage(volume, chunk).await;
+                    self.stage(volume, chunk, &needed(chunk)).await;
                 }
             }
-            if volume.frozen.get().is_some() && !mutation::on(Mutation::CutDoesNotWaitForWrites) {
+            let mut changes = volume.changes.borrow_mut();
+            let frozen = volume.frozen.get().is_some() && !mutation::on(Mutation::CutDoesNotWaitForWrites);
+            if frozen || changes.unannounced(&chunks, all).is_some() {
                 continue;
             }
-            let mut changes = volume.changes.borrow_mut();
             chunks.clone().for_each(|chunk| changes.write(chunk));
-            return (locks, Writing::begin(volume));
+            return Ok((locks, Writing::begin(volume)));
         }
     }
 
-    /// Puts the old content of a chunk aside; the caller has it alone. Where that fails, so does the snapshot.
-    async fn stage(&self, volume: &Rc<Volume<P>>, chunk: u32) {
-        if let Err(error) = self.try_stage(volume, chunk).await {
+    /// Tells the journal that chunks may change.
+    async fn announce(&self, volume: &Volume<P>, chunks: &RangeInclusive<u32>, all: u32) -> Result<()> {
+        self.0.journal.admit().await?;
+        let Some(run) = volume.changes.borrow().unannounced(chunks, all) else { return Ok(()) };
+        let record = Record::Changing { volume: volume.spec.id, run: (run.start, run.end - run.start) };
+        let lsn = self.0.journal.append(&record);
+        let announcement = volume.changes.borrow().announce(run);
+        self.0.journal.commit(lsn).await?;
+        volume.changes.borrow_mut().announced(announcement);
+        Ok(())
+    }
+
+    /// Puts the old content of sectors of a chunk aside; the caller has the chunk alone. Where that fails, so does the snapshot.
+    async fn stage(&self, volume: &Rc<Volume<P>>, chunk: u32, sectors: &[u32]) {
+        if let Err(error) = self.try_stage(volume, chunk, sectors).await {
             let text = format!("volume {:?}: its snapshot was given up: {}", &*volume.spec.name, error.message);
             self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
             volume.changes.borrow_mut().fail(error.message);
         }
     }
 
-    async fn try_stage(&self, volume: &Rc<Volume<P>>, chunk: u32) -> Result<()> {
+    async fn try_stage(&self, volume: &Rc<Volume<P>>, chunk: u32, sectors: &[u32]) -> Result<()> {
+        let Some(cut) = volume.changes.borrow().cut() else { return Ok(()) };
         let store = &self.0.stores[volume.store];
         let whole = volume.map.borrow().chunk_sectors(chunk);
-        let runs = volume.map.borrow().runs(whole);
-        let own: Vec<(u64, u64)> = runs.iter().filter(|run| run.resident).map(|run| (run.start, run.end)).collect();
-        let bytes: u64 = own.iter().map(|(start, end)| (end - start) * SECTOR).sum();
+        let shares_extents = self.0.bases[volume.store].is_usable();
+        let sectors = self.to_stage(volume, chunk, sectors, shares_extents);
+        let mut staged = Staged::default();
+        for sector in sectors {
+            let own = volume.map.borrow().is_sector_resident(whole.start + u64::from(sector));
+            if own { &mut staged.own } else { &mut staged.source }.insert(sector);
+        }
+        let runs = staged.own.runs();
+        let bytes = runs.iter().map(|(_, len)| u64::from(*len) * SECTOR).sum::<u64>();
         if store.staged_bytes.get() + bytes > self.0.config.staging_bytes {
             let message = format!(
                 "the staging area of store {:?} is full: guests overwrite faster than the snapshot is stored (snapshots.staging_bytes)",
@@ -204,16 +239,29 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             );
             return Err(Error::new(Status::NoSpace, message));
         }
-        let staging = self.staging_of(volume).await?;
-        for (start, end) in &own {
-            volume
-                .copy_out(SectorRange { start: *start, end: *end }, &staging, self.0.bases[volume.store].is_usable())
-                .await?;
+        if bytes > 0 {
+            let staging = self.staging_of(volume).await?;
+            for (first, len) in runs {
+                let start = whole.start + u64::from(first);
+                let run = SectorRange { start, end: start + u64::from(len) };
+                volume.copy_out(run, &staging, shares_extents).await?;
+            }
         }
-        store.staged_bytes.set(store.staged_bytes.get() + bytes);
-        self.0.counters.staged_chunks.add(1);
-        volume.changes.borrow_mut().staged(chunk, Staged { own }, bytes);
+        if volume.changes.borrow_mut().staged(cut, chunk, &staged, bytes) {
+            store.staged_bytes.set(store.staged_bytes.get() + bytes);
+            self.0.counters.staged_bytes.add(bytes);
+        }
         Ok(())
+    }
+
+    /// What to put aside where these sectors have to be. Extents are shared a chunk at a time, which costs the guest no more than a sector would;
+    /// what is copied is copied in small pieces.
+    fn to_stage(&self, volume: &Volume<P>, chunk: u32, sectors: &[u32], shares_extents: bool) -> Vec<u32> {
+        let (Some(first), Some(last)) = (sectors.first(), sectors.last()) else { return Vec::new() };
+        let whole = volume.map.borrow().chunk_sectors(chunk);
+        let grain = if shares_extents { u32::MAX } else { COPIED_SECTORS };
+        let end = ((last / grain).saturating_add(1)).saturating_mul(grain).min((whole.end - whole.start) as u32);
+        volume.changes.borrow().needed(chunk, first / grain * grain..end)
     }
 
     fn staging_path(&self, volume: &Volume<P>) -> PathBuf {
@@ -256,7 +304,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(content)
     }
 
-    /// Reads what is the volume's own: runs of sectors.
+    /// Reads what was the volume's own: runs of sectors.
     async fn capture_own(
         &self,
         volume: &Rc<Volume<P>>,
@@ -268,36 +316,38 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let _alone = volume.locks.lock(chunk, Mode::Alone).await;
         let given_up =
             |why| Error::new(Status::Conflict, format!("the snapshot of {:?} was given up: {why}", &*volume.spec.name));
-        let found = volume.changes.borrow().find(cut, chunk).map_err(given_up)?;
-        let staging = volume.staging.borrow().clone();
-        let (own, staging) = match (found, staging) {
-            (Where::Staging(staged), Some(file)) => (staged.own, Some(file)),
-            (Where::Staging(_), None) => return Err(given_up("its staging file is gone".to_owned())),
-            (Where::Volume, _) => {
-                let runs = volume.map.borrow().runs(whole);
-                (runs.iter().filter(|run| run.resident).map(|run| (run.start, run.end)).collect(), None)
-            }
+        let staged = volume.changes.borrow().find(cut, chunk).map_err(given_up)?;
+        let place = |run: &SectorRange| {
+            ((run.start - whole.start) * SECTOR) as usize..((run.end - whole.start) * SECTOR) as usize
         };
-        for (start, end) in &own {
-            let place = ((start - whole.start) * SECTOR) as usize;
-            let len = ((end - start) * SECTOR) as usize;
-            let target = &mut content[place..place + len];
-            match &staging {
-                None => target.copy_from_slice(&volume.read_sectors(SectorRange { start: *start, end: *end }).await?),
-                Some(file) => {
-                    let read = file.read_at(start * SECTOR, len).await.and_then(|read| match read.len() == len {
-                        true => Ok(read),
-                        false => Err(std::io::ErrorKind::UnexpectedEof.into()),
-                    });
-                    let failed = |e: std::io::Error| {
-                        Error::from_io(&format!("staging file {}", self.staging_path(volume).display()), &e)
-                    };
-                    target.copy_from_slice(&read.map_err(failed)?);
-                }
-            }
+        let in_volume = |sector: u32| {
+            volume.map.borrow().is_sector_resident(whole.start + u64::from(sector)) && !staged.source.contains(sector)
+        };
+        let own: ChunkSet = (0..(whole.end - whole.start) as u32).filter(|sector| in_volume(*sector)).collect();
+        let absolute = |set: &ChunkSet| {
+            let run = |(first, len): (u32, u32)| {
+                let start = whole.start + u64::from(first);
+                SectorRange { start, end: start + u64::from(len) }
+            };
+            set.runs().into_iter().map(run).collect::<Vec<_>>()
+        };
+        let own = absolute(&own);
+        for run in &own {
+            content[place(run)].copy_from_slice(&volume.read_sectors(*run).await?);
+        }
+        let staging = volume.staging.borrow().clone();
+        for run in absolute(&staged.own) {
+            let file = staging.as_ref().ok_or_else(|| given_up("its staging file is gone".to_owned()))?;
+            let target = &mut content[place(&run)];
+            let read = file.read_at(run.start * SECTOR, target.len()).await.and_then(|read| {
+                if read.len() == target.len() { Ok(read) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
+            });
+            let path = self.staging_path(volume);
+            let failed = |e: std::io::Error| Error::from_io(&format!("staging file {}", path.display()), &e);
+            target.copy_from_slice(&read.map_err(failed)?);
         }
         volume.changes.borrow_mut().captured(cut, chunk);
-        Ok(own)
+        Ok(own.into_iter().map(|run| (run.start, run.end)).collect())
     }
 
     /// Adds to a chunk what is still its source's.
@@ -332,15 +382,21 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if volume.changes.borrow().cut() != Some(cut) {
             return Ok(());
         }
-        self.drop_staging(&volume).await;
-        volume.changes.borrow_mut().end(cut, snapshot);
         if !committed {
+            volume.changes.borrow_mut().fail("it was given up".to_owned());
+        }
+        self.drop_staging(&volume).await;
+        if !committed {
+            volume.changes.borrow_mut().end(cut, None);
             return Ok(());
         }
-        self.0.journal.admit().await?;
-        let lineage = volume.changes.borrow().lineage();
-        let lsn = self.0.journal.append(&Record::Lineage { volume: id, lineage });
-        self.0.journal.commit(lsn).await
+        let admitted = self.0.journal.admit().await;
+        if volume.changes.borrow_mut().end(cut, snapshot.filter(|_| admitted.is_ok())) && admitted.is_ok() {
+            let lineage = volume.changes.borrow_mut().recorded();
+            let lsn = self.0.journal.append(&Record::Lineage { volume: id, lineage });
+            return self.0.journal.commit(lsn).await;
+        }
+        admitted
     }
 
     /// Frees what was staged for a volume.

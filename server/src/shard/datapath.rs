@@ -351,7 +351,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             old.extend(self.contents(volume, at, None).await?);
         }
         let mode = if edges.is_empty() { Mode::Shared } else { Mode::Alone };
-        let (_locks, _writing) = self.begin_write(volume, range.chunks(volume), mode).await;
+        let (_locks, _writing) = self.begin_write(volume, sectors, mode).await?;
         // While the locks were awaited another host may have attached.
         if !mutation::on(Mutation::ClaimNotCheckedAgain) {
             self.check_claim(volume, claim)?;
@@ -441,11 +441,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     async fn punch(&self, volume: &Rc<Volume<P>>, claim: Claim, sectors: SectorRange) -> Result<()> {
-        let chunks = {
-            let map = volume.map.borrow();
-            map.chunk_of(sectors.start)..=map.chunk_of(sectors.end - 1)
-        };
-        let (_locks, _writing) = self.begin_write(volume, chunks, Mode::Shared).await;
+        let (_locks, _writing) = self.begin_write(volume, sectors, Mode::Shared).await?;
         self.check_claim(volume, claim)?;
         if !mutation::on(Mutation::ZeroWithoutPunch) {
             volume.zero_sectors(sectors).await?;

@@ -67,7 +67,7 @@ counters! {
     corrupt_chunks: "Chunks that failed their digest and were dropped.",
     filled_chunks: "Chunks written into volumes by hydration.",
     filled_bytes: "Bytes written into volumes by hydration.",
-    staged_chunks: "Chunks put aside for a snapshot because a guest wrote to them first.",
+    staged_bytes: "Bytes put aside for snapshots because guests wrote there first.",
     fills_deferred: "Fills of read misses put off because hydration of the store was at its limit.",
     boots_recorded: "First boots of volumes whose touched chunks were recorded.",
     boot_chunks_prefetched: "Chunks of boot sets, and of the images of waves, fetched into the cache before anybody asked.",

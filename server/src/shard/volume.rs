@@ -229,7 +229,7 @@ impl<P: Platform> Volume<P> {
             self.hydrated.get() || (self.synced_in_this_life.get() && self.map.borrow().is_full_and_durable());
         let zeroes = self.synced_in_this_life.get();
         let residency = if hydrated { Vec::new() } else { self.map.borrow().durable(zeroes) };
-        let lineage = self.changes.borrow().lineage();
+        let lineage = self.changes.borrow_mut().recorded();
         VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated, lineage }
     }
 

@@ -201,8 +201,7 @@ impl Node {
     /// Recovers the journals and starts the shards, in the order of a real start.
     pub async fn start(sim: &Sim, objects: &SimObjects, settings: NodeSettings) -> Result<Node> {
         let dir = Path::new(JOURNAL);
-        let mut recovered: Recovered = recover(sim, dir).await?;
-        recovered.doubt_after_crash();
+        let recovered: Recovered = recover(sim, dir).await?;
         let epoch = recovered.epoch + 1;
         let mut parts: Vec<Vec<VolumeState>> = vec![Vec::new(); settings.shards];
         for state in recovered.volumes {

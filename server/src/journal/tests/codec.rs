@@ -69,6 +69,7 @@ fn a_lineage_of_many_runs_is_cut_into_records_that_go_on() {
     replay.apply(Entry::Lineage { volume, lineage: part, continued: true }).expect_err("not begun");
     let beyond = Lineage { changed: Changed::Runs(vec![(state.spec.chunks() - 1, 2)]), ..state.lineage };
     replay.apply(Entry::Lineage { volume, lineage: beyond, continued: false }).expect_err("past the end");
+    replay.apply(Entry::Changing { volume, run: (state.spec.chunks() - 1, 2) }).expect_err("past the end");
 }
 
 #[test]
@@ -148,6 +149,7 @@ fn as_record(entry: Entry) -> Record {
         Entry::Rate { volume, rate } => Record::Rate { volume, rate },
         Entry::Hydrated(volume) => Record::Hydrated { volume },
         Entry::Lineage { volume, lineage, .. } => Record::Lineage { volume, lineage },
+        Entry::Changing { volume, run } => Record::Changing { volume, run },
         Entry::Residency { volume, runs, partials } => {
             let whole = runs.into_iter().flat_map(|(start, len)| start..start + len);
             let mut chunks: Vec<_> = whole.map(|chunk| (chunk, ChunkResidency::Resident)).collect();

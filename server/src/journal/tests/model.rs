@@ -67,6 +67,8 @@ pub(super) enum Change {
     Hydrated(u64),
     /// A snapshot with this number was taken; after it these chunks were changed.
     Snapshot(u64, u64, BTreeSet<u32>),
+    /// These chunks may change.
+    Changing(u64, u32, u32),
     /// Rolled back to a snapshot with this number; of the chunks this one stays.
     Replace(u64, u64, u32),
 }
@@ -84,6 +86,7 @@ pub(super) fn change() -> impl Strategy<Value = Change> {
         id.clone().prop_map(Change::Hydrated),
         (id.clone(), 0..9u64, proptest::collection::btree_set(0..4u32, 0..4))
             .prop_map(|(id, number, chunks)| Change::Snapshot(id, number, chunks)),
+        (id.clone(), 0..4u32, 1..5u32).prop_map(|(id, chunk, len)| Change::Changing(id, chunk, len)),
         (id, 0..9u64, 0..4u32).prop_map(|(id, number, chunk)| Change::Replace(id, number, chunk)),
     ]
 }
@@ -132,6 +135,15 @@ impl Model {
                 let runs = changed.iter().map(|chunk| (*chunk, 1)).collect::<Vec<_>>();
                 v.lineage = Lineage { base, changed: Changed::Runs(joined(runs)) };
                 Record::Lineage { volume: v.spec.id, lineage: v.lineage.clone() }
+            }),
+            Change::Changing(id, chunk, len) => self.on(id, |v| {
+                let end = (chunk + len).min(v.spec.chunks());
+                let start = chunk.min(end - 1);
+                let Changed::Runs(runs) = &v.lineage.changed else { unreachable!("the model knows") };
+                let mut changed: BTreeSet<u32> = runs.iter().flat_map(|(at, len)| *at..at + len).collect();
+                changed.extend(start..end);
+                v.lineage.changed = Changed::Runs(joined(changed.into_iter().map(|chunk| (chunk, 1)).collect()));
+                Record::Changing { volume: v.spec.id, run: (start, end - start) }
             }),
             Change::Replace(id, number, chunk) => self.on(id, |v| {
                 let snapshot = SnapshotRef { name: format!("s{number}").into(), id: number.into() };

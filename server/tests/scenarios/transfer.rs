@@ -1,18 +1,17 @@
 //! What transfer promises, on the real shards and the simulated platform: one fetch however many ask, budgets, second
 //! attempts, restraint when the object store asks for it, and a ledger that adds up. Virtual time, exact counts.
 
-mod support;
-
 use std::time::Duration;
 
 use futures::future::join_all;
-use support::{CHUNK, Image, Node, Options, status_of};
 use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{ObjectFaults, SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command};
 use volley_server::transfer::{GateLimits, QueueLimits, RetryPolicy};
 use volley_server::types::HydrationRate;
+
+use crate::support::{self, CHUNK, Image, Node, Options, status_of};
 
 /// A world with one image of `chunks` chunks, none of them zero.
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {

@@ -3,31 +3,25 @@
 
 mod cuts;
 mod replaced;
-#[path = "../support/mod.rs"]
-mod support;
-
 use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
-use support::{CHUNK, Lab, Node, Options};
 use volley_server::error::Result;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{SimRng, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command, CutVolume, CutWanted, Request, VolumeLineage};
 use volley_server::types::SnapshotRef;
 
+use crate::support::{self, CHUNK, Lab, Node};
+
 const CHUNKS: u32 = 24;
 
+/// The image ends inside a chunk and a sector.
+fn lab(seed: u64) -> Lab {
+    Lab::of(CHUNKS, 1536, 5, seed)
+}
+
 impl Lab {
-    /// The image ends inside a chunk and a sector.
-    fn new(seed: u64) -> Lab {
-        Lab::of(CHUNKS, 1536, 5, seed)
-    }
-
-    async fn node(&self, options: &Options) -> Node {
-        Node::start(self.world.platform(), &self.objects, options).await.expect("started")
-    }
-
     /// Makes a snapshot of this content, as an upload would.
     fn publish(&self, name: &str, content: &[u8], number: u64) -> SnapshotRef {
         let image = support::image_of(&self.objects, name, content, u128::from(number) << 64);

@@ -1,31 +1,29 @@
 //! Boot sets on real shards and the simulated platform: what is recorded, what is brought first, what that saves.
 
-mod support;
-
 use std::sync::Arc;
 use std::time::Duration;
 
-use support::{CHUNK, Lab, Node, Options};
 use volley_server::platform::Platform;
 use volley_server::shard::api::{AttachInfo, Command, RecordedBoot};
 use volley_server::snapshot::{ChunkEntry, Manifest, manifest_key};
 use volley_server::types::HydrationRate;
+
+use crate::support::{self, CHUNK, Lab, Node, Options};
 
 const CHUNKS: u32 = 64;
 const WINDOW: Duration = Duration::from_secs(10);
 /// What the guests of these tests read, in this order.
 const BOOT: [u32; 6] = [40, 3, 41, 42, 7, 63];
 
+fn lab(seed: u64) -> Lab {
+    Lab::of(CHUNKS, 0, 0, seed)
+}
+
+fn options(shards: usize) -> Options {
+    Options { shards, boot_window: WINDOW, cache_bytes: 128 * CHUNK as usize, ..Options::default() }
+}
+
 impl Lab {
-    fn new(seed: u64) -> Lab {
-        Lab::of(CHUNKS, 0, 0, seed)
-    }
-
-    async fn node(&self, shards: usize) -> Node {
-        let options = Options { shards, boot_window: WINDOW, cache_bytes: 128 * CHUNK as usize, ..Options::default() };
-        Node::start(self.world.platform(), &self.objects, &options).await.expect("started")
-    }
-
     async fn attached(&self, node: &Node, name: &str, rate: HydrationRate) -> AttachInfo {
         node.create(node.spec(name, &self.image, rate)).await.expect("created");
         node.attach(name).await.expect("attached")
@@ -66,9 +64,9 @@ impl Lab {
 
 #[test]
 fn a_boot_is_what_the_first_guest_touches_in_its_window_resident_or_not() {
-    let lab = Lab::new(1);
+    let lab = lab(1);
     lab.world.block_on(async {
-        let node = lab.node(2).await;
+        let node = lab.node(&options(2)).await;
         let volume = lab.attached(&node, "vm", HydrationRate::None).await;
         for chunk in BOOT {
             lab.read(&node, &volume, chunk).await;
@@ -91,9 +89,9 @@ fn a_boot_is_what_the_first_guest_touches_in_its_window_resident_or_not() {
 
 #[test]
 fn a_volume_that_is_hydrated_or_deleted_in_its_window_is_recorded_or_forgotten() {
-    let lab = Lab::new(2);
+    let lab = lab(2);
     lab.world.block_on(async {
-        let node = lab.node(1).await;
+        let node = lab.node(&options(1)).await;
         let volume = lab.attached(&node, "fast", HydrationRate::Unlimited).await;
         node.wait_hydrated("fast").await.expect("hydrated");
         for chunk in BOOT {
@@ -129,9 +127,9 @@ async fn first_resident(lab: &Lab, node: &Node, name: &str, rate: u64) -> Vec<u3
 
 #[test]
 fn volumes_hydrate_their_boot_set_first_and_then_in_sector_order() {
-    let lab = Lab::new(3);
+    let lab = lab(3);
     lab.world.block_on(async {
-        let node = lab.node(2).await;
+        let node = lab.node(&options(2)).await;
         let rate = u64::from(CHUNK) * 5;
         let mut plain = first_resident(&lab, &node, "plain", rate).await;
         plain.sort_unstable();
@@ -157,9 +155,9 @@ fn volumes_hydrate_their_boot_set_first_and_then_in_sector_order() {
 
 #[test]
 fn a_prefetched_set_answers_the_whole_wave_from_memory() {
-    let lab = Lab::new(4);
+    let lab = lab(4);
     lab.world.block_on(async {
-        let node = lab.node(3).await;
+        let node = lab.node(&options(3)).await;
         lab.use_set(&node, &BOOT, true).await;
         node.platform.sleep(Duration::from_secs(5)).await;
         let after_prefetch = node.ledger("debian", None).await.gets;
@@ -185,7 +183,7 @@ fn a_prefetched_set_answers_the_whole_wave_from_memory() {
 
 #[test]
 fn the_image_of_a_wave_is_fetched_once_ahead_of_its_guests_unless_it_is_too_large() {
-    let lab = Lab::new(9);
+    let lab = lab(9);
     lab.world.block_on(async {
         for (cache_chunks, ahead) in [(2 * CHUNKS, true), (CHUNKS, false)] {
             let cache_bytes = (cache_chunks * CHUNK) as usize;

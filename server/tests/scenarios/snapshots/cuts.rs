@@ -7,14 +7,14 @@ use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, SimRng};
 use volley_server::shard::api::{Command, CutWanted};
-use volley_server::types::{Changed, HydrationRate};
+use volley_server::types::HydrationRate;
 
+use super::{Guest, capture, cut, cut_frozen, end, freeze, lab, lineage, staging_files, whole};
 use crate::support::{CHUNK, Lab, Options, status_of};
-use crate::{CHUNKS, Guest, capture, cut, cut_frozen, end, freeze, lineage, staging_files, whole};
 
 /// Snapshots of a volume whose guest writes all the time, hydrating or not, on stores that share extents or not. Each builds on the one before.
 pub fn snapshots_of_a_busy_volume(seed: u64) -> u64 {
-    let lab = Lab::new(seed);
+    let lab = lab(seed);
     let mut rng = SimRng::stream(seed, "scenario");
     let shares = rng.coin();
     lab.world.share_extents(shares);
@@ -60,7 +60,7 @@ pub fn snapshots_of_a_busy_volume(seed: u64) -> u64 {
         assert!(whole(&node, &volume).await == guest.contents()[0], "seed {seed}");
         let mut staged = 0;
         for shard in 0..node.shards.len() {
-            staged += node.counter(shard, "staged_chunks_total").await;
+            staged += node.counter(shard, "staged_bytes_total").await;
         }
         node.stop().await;
         staged
@@ -76,12 +76,12 @@ fn a_snapshot_is_the_volume_at_its_cut_whatever_guests_write_meanwhile() {
 }
 
 #[test]
-fn after_a_clean_stop_only_what_changed_is_read_and_after_a_crash_everything_is() {
+fn after_a_clean_stop_only_what_changed_is_read_and_after_a_crash_what_is_near_it() {
     across_restarts();
 }
 
 pub fn across_restarts() {
-    let lab = Lab::new(3);
+    let lab = Lab::of(300, 1536, 5, 3);
     let mut rng = SimRng::new(3);
     let mut content = lab.image.content.clone();
     for (life, crash) in [(1, false), (2, true), (3, false)] {
@@ -91,14 +91,13 @@ pub fn across_restarts() {
                 node.create(node.spec("vm", &lab.image, HydrationRate::Unlimited)).await.expect("created");
                 node.wait_hydrated("vm").await.expect("hydrated");
             }
-            let known = lineage(&node, "vm").await;
-            assert_eq!(known.lineage.changed == Changed::Unknown, life == 3, "life {life}");
             let made = cut(&node, "vm", life, false).await.expect("cut");
-            assert_eq!(made.known, life != 3);
+            assert!(made.known, "life {life}");
             let expected = match life {
                 1 => vec![],
                 2 => vec![4, 9],
-                _ => (0..CHUNKS).collect(),
+                // Announced together.
+                _ => (0..128).collect(),
             };
             assert_eq!(made.chunks, expected, "life {life}");
             let captured = capture(&node, "vm", &made, life, &content).await.expect("captured");
@@ -125,7 +124,7 @@ pub fn across_restarts() {
 
 #[test]
 fn one_snapshot_of_a_volume_at_a_time_and_a_volume_without_its_cut_thaws() {
-    let lab = Lab::new(5);
+    let lab = lab(5);
     lab.world.block_on(async {
         let node = lab.node(&Options::default()).await;
         node.create(node.spec("vm", &lab.image, HydrationRate::None)).await.expect("created");
@@ -161,7 +160,7 @@ fn volumes_of_a_group_are_cut_at_one_moment() {
 
 pub fn a_group(seed: u64) {
     {
-        let lab = Lab::new(seed);
+        let lab = lab(seed);
         lab.world.block_on(async {
             let node = lab.node(&Options { shards: 2, ..Options::default() }).await;
             let names = ["data", "log"];
@@ -218,7 +217,7 @@ pub fn a_group(seed: u64) {
 #[test]
 fn a_full_staging_area_or_a_failing_one_ends_the_snapshot_and_no_write() {
     for full in [true, false] {
-        let lab = Lab::new(6);
+        let lab = lab(6);
         lab.world.block_on(async {
             let staging_bytes = if full { 3 * u64::from(CHUNK) } else { 1 << 30 };
             let node = lab.node(&Options { staging_bytes, ..Options::default() }).await;
@@ -255,7 +254,7 @@ fn a_full_staging_area_or_a_failing_one_ends_the_snapshot_and_no_write() {
 
 #[test]
 fn what_a_crash_leaves_of_a_snapshot_is_removed() {
-    let lab = Lab::new(7);
+    let lab = lab(7);
     lab.world.block_on(async {
         let node = lab.node(&Options::default()).await;
         node.create(node.spec("vm", &lab.image, HydrationRate::Unlimited)).await.expect("created");
@@ -273,8 +272,8 @@ fn what_a_crash_leaves_of_a_snapshot_is_removed() {
 
 /// A stop that could not write down what had changed must not look like one that did.
 #[test]
-fn a_stop_without_its_last_checkpoint_is_one_after_which_everything_is_looked_at() {
-    let lab = Lab::new(8);
+fn a_stop_without_its_last_checkpoint_forgets_no_change() {
+    let lab = lab(8);
     lab.world.block_on(async {
         let node = lab.node(&Options::default()).await;
         node.create(node.spec("vm", &lab.image, HydrationRate::Unlimited)).await.expect("created");
@@ -289,6 +288,6 @@ fn a_stop_without_its_last_checkpoint_is_one_after_which_everything_is_looked_at
     lab.world.block_on(async {
         let node = lab.node(&Options::default()).await;
         let made = cut(&node, "vm", 1, false).await.expect("cut");
-        assert!(made.known && made.chunks == [4] || !made.known && made.chunks.contains(&4), "{made:?}");
+        assert!(made.known && made.chunks.contains(&4), "{made:?}");
     });
 }

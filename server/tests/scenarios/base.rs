@@ -1,15 +1,14 @@
 //! Volumes that share chunks with the base of their store, on a simulated disk that can share extents.
 
-mod support;
-
 use std::path::PathBuf;
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options, STORE};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command, FetchUntil, Request, StoreSharing};
 use volley_server::types::HydrationRate;
+
+use crate::support::{self, CHUNK, Image, Node, Options, STORE};
 
 const CHUNKS: u64 = 24;
 /// Every eighth chunk is zero.

@@ -10,8 +10,8 @@ use volley_server::shard::changes::ChunkSet;
 use volley_server::snapshot::{Manifest, manifest_key};
 use volley_server::types::{HydrationRate, SnapshotRef, VolumeId};
 
+use super::{CHUNKS, Guest, capture, cut, end, lab, lineage, whole};
 use crate::support::{self, CHUNK, Lab, Node, Options, status_of};
-use crate::{CHUNKS, Guest, capture, cut, end, lineage, whole};
 
 /// The volume's digest-wise difference to a snapshot, as the control thread sees it.
 fn differs(lab: &Lab, a: Option<&str>, b: &str) -> ChunkSet {
@@ -46,7 +46,7 @@ fn a_rollback_is_whole_or_not_at_all_and_fills_from_before_do_not_come_through()
 
 pub fn a_rollback(seed: u64) -> u32 {
     {
-        let lab = Lab::new(seed);
+        let lab = lab(seed);
         let mut rng = SimRng::stream(seed, "rollback");
         let (to_image, detour, pause) = (rng.coin(), rng.coin(), rng.below(40));
         let options = Options {
@@ -134,7 +134,7 @@ pub fn a_rollback(seed: u64) -> u32 {
 
 #[test]
 fn a_rollback_brings_only_what_differs() {
-    let lab = Lab::new(11);
+    let lab = lab(11);
     lab.world.block_on(async {
         let node = lab.node(&Options::default()).await;
         node.create(node.spec("vm", &lab.image, HydrationRate::Unlimited)).await.expect("created");
@@ -157,7 +157,7 @@ fn a_rollback_brings_only_what_differs() {
 #[test]
 fn a_volume_grows_with_zeroes_and_never_shrinks() {
     for (seed, hydrate) in [(1, true), (2, false), (3, true), (4, false)] {
-        let lab = Lab::new(seed);
+        let lab = lab(seed);
         let old = lab.image.content.len() as u64;
         let new = old + 1024 + 3 * u64::from(CHUNK);
         let mut expected = lab.image.content.clone();
@@ -212,7 +212,7 @@ fn a_volume_grows_with_zeroes_and_never_shrinks() {
 
 #[test]
 fn a_chunk_that_rotted_on_the_disk_is_found_and_put_back() {
-    let lab = Lab::new(12);
+    let lab = lab(12);
     let (id, path): (VolumeId, _) = lab.world.block_on(async {
         let node = lab.node(&Options::default()).await;
         node.create(node.spec("vm", &lab.image, HydrationRate::Unlimited)).await.expect("created");

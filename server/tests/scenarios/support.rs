@@ -1,5 +1,4 @@
 //! A node of real shards on the simulated platform, and snapshots for it.
-#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,6 +41,10 @@ impl Lab {
     pub fn of(chunks: u32, short_by: usize, zero_every: u32, seed: u64) -> Lab {
         let (world, objects, image) = world("debian", chunks, short_by, zero_every, seed);
         Lab { world, objects, image }
+    }
+
+    pub async fn node(&self, options: &Options) -> Node {
+        Node::start(self.world.platform(), &self.objects, options).await.expect("started")
     }
 }
 
@@ -167,8 +170,7 @@ impl Node {
         for made in [STORE, "/node", "/"] {
             platform.sync_dir(Path::new(made)).await.map_err(io)?;
         }
-        let mut recovered = journal::recover(&platform, Path::new(JOURNAL)).await?;
-        recovered.doubt_after_crash();
+        let recovered = journal::recover(&platform, Path::new(JOURNAL)).await?;
         let epoch = recovered.epoch + 1;
         let config = ShardConfig {
             shard: 0,

@@ -1,20 +1,19 @@
 //! The real shard on the simulated platform, one scenario per promise: exact counts, no timing.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use support::{CHUNK, Image, Node, Options, STORE, pack_gets, prefetch, status_of};
 use volley_server::cache::disk::DiskCacheConfig;
 use volley_server::error::Status;
 use volley_server::platform::sim::{DiskOp, ObjectFaults, SimObjects, SimWorld};
 use volley_server::platform::{File, OpenMode, Platform};
 use volley_server::shard::api::{Command, ConnectionId, FetchUntil, Handler, Reply, Request};
 use volley_server::types::{HydrationRate, VolumeSpec};
+
+use crate::support::{self, CHUNK, Image, Node, Options, STORE, pack_gets, prefetch, status_of};
 
 fn world(seed: u64, chunks: u32) -> (SimWorld, SimObjects, Image) {
     support::world("img", chunks, 512 * 3, 5, seed)

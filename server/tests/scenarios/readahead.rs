@@ -1,19 +1,18 @@
 //! Reading ahead of guests that read in order, on the real shards and the simulated platform: exact counts of GETs, each
 //! byte fetched once, and nothing for guests that read elsewhere.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
 use futures::join;
-use support::{CHUNK, Image, Node, Options};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{ObjectFaults, SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command};
 use volley_server::transfer::{GateLimits, QueueLimits, RetryPolicy};
 use volley_server::types::HydrationRate;
+
+use crate::support::{self, CHUNK, Image, Node, Options};
 
 const READ: u32 = 128 << 10;
 

@@ -1,15 +1,14 @@
 //! What the guests of a wave ask for stays in the RAM cache while the wave asks for it, whatever else passes through: on
 //! the real shards and the simulated platform, with exact counts of GETs; and is given at once to those who come next.
 
-mod support;
-
 use std::time::Duration;
 
-use support::{CHUNK, Image, Node, Options, image, pack_gets, prefetch};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{SimObjects, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command, ConnectionId, FetchUntil, Handler, Reply, Request};
 use volley_server::types::HydrationRate;
+
+use crate::support::{self, CHUNK, Image, Node, Options, image, pack_gets, prefetch};
 
 /// Chunks that a boot reads: three of eight parts of the cache.
 const BOOT: u32 = 24;

@@ -1,32 +1,31 @@
 //! Who hydrates first, and what guests feel of it: on the real shards and the simulated platform.
 
-mod support;
-
 use std::cell::Cell;
 use std::time::Duration;
 
-use support::{CHUNK, Lab, Node, Options};
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{DiskOp, SimWorld};
 use volley_server::shard::api::{AttachInfo, Command};
 use volley_server::shard::harm::HarmConfig;
 use volley_server::types::{HydrationRate, VolumeSpec};
 
+use crate::support::{CHUNK, Lab, Node, Options};
+
 /// Two runs of a volume and a bit.
 const CHUNKS: u32 = 300;
 /// What the store's share of the tests lets through: a run takes about two seconds.
 const SHARE: u64 = 4 << 20;
 
+fn lab(seed: u64) -> Lab {
+    Lab::of(CHUNKS, 0, 0, seed)
+}
+
+/// The image fits twice into the cache.
+fn cached(options: Options) -> Options {
+    Options { cache_bytes: 2 * CHUNKS as usize * CHUNK as usize, ..options }
+}
+
 impl Lab {
-    fn new(seed: u64) -> Lab {
-        Lab::of(CHUNKS, 0, 0, seed)
-    }
-
-    async fn node(&self, options: Options) -> Node {
-        let options = Options { cache_bytes: 2 * CHUNKS as usize * CHUNK as usize, ..options };
-        Node::start(self.world.platform(), &self.objects, &options).await.expect("started")
-    }
-
     async fn create(&self, node: &Node, name: &str, batch: Option<u64>) {
         let spec = node.spec(name, &self.image, HydrationRate::Unlimited);
         node.create(VolumeSpec { batch, ..spec }).await.expect("created");
@@ -68,9 +67,9 @@ const RUN: u64 = 8 << 20;
 
 #[test]
 fn a_batch_with_an_early_deadline_overtakes_and_its_volumes_take_turns() {
-    let lab = Lab::new(1);
+    let lab = lab(1);
     lab.world.block_on(async {
-        let node = lab.node(Options { hydration_bandwidth: Some(SHARE), ..Options::default() }).await;
+        let node = lab.node(&cached(Options { hydration_bandwidth: Some(SHARE), ..Options::default() })).await;
         set_deadline(&node, 2, Some(1_000)).await;
         for name in ["none-0", "none-1"] {
             lab.create(&node, name, Some(1)).await;
@@ -95,9 +94,9 @@ fn a_batch_with_an_early_deadline_overtakes_and_its_volumes_take_turns() {
 
 #[test]
 fn what_a_guest_missed_comes_before_any_deadline() {
-    let lab = Lab::new(2);
+    let lab = lab(2);
     lab.world.block_on(async {
-        let node = lab.node(Options { hydration_bandwidth: Some(SHARE), ..Options::default() }).await;
+        let node = lab.node(&cached(Options { hydration_bandwidth: Some(SHARE), ..Options::default() })).await;
         set_deadline(&node, 2, Some(1)).await;
         lab.create(&node, "early-0", Some(2)).await;
         lab.create(&node, "early-1", Some(2)).await;
@@ -162,10 +161,11 @@ async fn disk(lab: &Lab, node: &Node, always: &Cell<bool>, stop: &Cell<bool>) {
 /// Bytes per second that hydration fills from the third to the thirteenth second of a guest's reads, with what it had to
 /// slow down; and that everything is hydrated soon when the guest has left.
 fn beside_a_guest(harm: HarmConfig, slow_by_itself: bool) -> (u64, u64) {
-    let lab = Lab::new(3);
+    let lab = lab(3);
     let (stop, slow, figures) = (Cell::new(false), Cell::new(false), Cell::new((0, 0)));
     lab.world.block_on(async {
-        let node = lab.node(Options { harm, hydration_bandwidth: Some(BANDWIDTH), ..Options::default() }).await;
+        let node =
+            lab.node(&cached(Options { harm, hydration_bandwidth: Some(BANDWIDTH), ..Options::default() })).await;
         read_latency(&lab.world, false);
         lab.create(&node, "guest", None).await;
         node.wait_hydrated("guest").await.expect("hydrated");
