@@ -43,8 +43,26 @@ struct Args {
     chain: u32,
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
+    /// Only these parts, e.g. --only guest,chain [default: all].
+    #[arg(long, value_enum, value_delimiter = ',', hide_default_value = true, value_name = "PART")]
+    only: Vec<Part>,
+    /// Lines of the node's configuration, e.g. --config 'snapshots.bandwidth = "32MiB"'.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "LINES")]
+    config: String,
     #[command(flatten)]
     site: SiteArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// A snapshot of what has changed, beside reading everything.
+    Increments,
+    /// Back to a snapshot: until it can be attached, until it is hydrated.
+    Rollback,
+    /// What a guest feels of snapshots.
+    Guest,
+    /// Restores of the first and the last snapshot of a chain.
+    Chain,
 }
 
 fn main() -> ExitCode {
@@ -61,13 +79,24 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     site.import(&image, "image")?;
     let bench = Bench { args, site: &site };
     let mut figures = Vec::new();
-    site.node("", |server| {
+    site.node(&args.config, |server| {
         bench.volley(server, &["volume", "create", "db", "--snapshot", "image", "--rate", "unlimited"])?;
         bench.volley(server, &["volume", "wait", "db", "--hydrated"])?;
-        bench.increments(server, &mut figures)?;
-        bench.rollback(server, &mut figures)?;
-        bench.guest(server, &mut figures)?;
-        bench.chain(server, &mut figures)
+        bench.snapshot(server, "before")?;
+        let wanted = |part| args.only.is_empty() || args.only.contains(&part);
+        if wanted(Part::Increments) {
+            bench.increments(server, &mut figures)?;
+        }
+        if wanted(Part::Rollback) {
+            bench.rollback(server, &mut figures)?;
+        }
+        if wanted(Part::Guest) {
+            bench.guest(server, &mut figures)?;
+        }
+        if wanted(Part::Chain) {
+            bench.chain(server, &mut figures)?;
+        }
+        Ok(())
     })?;
     Ok(figures)
 }
@@ -119,7 +148,6 @@ impl Bench<'_> {
         let sockets = tempfile::tempdir().map_err(|e| e.to_string())?;
         let socket = sockets.path().join("nbd.sock");
         let (mut times, mut shares) = (Vec::new(), Vec::new());
-        self.snapshot(server, "before")?;
         for number in 0..self.args.runs {
             eprintln!("increments: run {} of {}", number + 1, self.args.runs);
             self.change(server, self.changed_chunks(), u64::from(number) + 1)?;
@@ -146,11 +174,12 @@ impl Bench<'_> {
     /// Back by so many chunks: until it may be attached, and until everything is in the volume.
     fn rollback(&self, server: &Server, figures: &mut Vec<Figure>) -> Result<()> {
         let (mut attach, mut done) = (Vec::new(), Vec::new());
+        self.snapshot(server, "back")?;
         for number in 0..self.args.runs {
             eprintln!("rollback: run {} of {}", number + 1, self.args.runs);
             self.change(server, self.changed_chunks(), 100 + u64::from(number))?;
             let begun = Instant::now();
-            self.volley(server, &["volume", "rollback", "db", "--to", "inc-0", "--discard"])?;
+            self.volley(server, &["volume", "rollback", "db", "--to", "back", "--discard"])?;
             attach.push(begun.elapsed().as_secs_f64() * 1e3);
             self.volley(server, &["volume", "wait", "db", "--hydrated"])?;
             done.push(begun.elapsed().as_secs_f64());
