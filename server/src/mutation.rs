@@ -95,10 +95,24 @@ pub enum Mutation {
     RollbackKeepsResidency,
     /// What had changed is believed after a crash.
     CrashKeepsLineage,
+    /// Of a write to several chunks only the first one's old content is put aside for a snapshot.
+    SecondChunkOvertakesCapture,
+    /// A snapshot that was given up counts as one that was taken.
+    GivenUpForgetsChanges,
+    /// A checkpoint forgets what guests changed since the last snapshot.
+    CheckpointForgetsChanges,
+    /// A rollback does not wait for chunks on their way to the disk.
+    RollbackOvertakesFills,
+    /// A snapshot shares packs that are condemned.
+    CondemnedPacksShared,
+    /// A collection does not wait for the imports that were open when it condemned.
+    CollectionIgnoresImports,
+    /// A snapshot is deleted under the volumes that need it.
+    DeletionIgnoresReferences,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 38] = {
+    pub const ALL: [Mutation; 51] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -139,19 +153,19 @@ impl Mutation {
             PlaceBeforeItsBytes,
             LentPlacePunched,
             LatestDeadlineFirst,
-        ]
-    };
-
-    /// Those of snapshots, which have scenarios of their own.
-    pub const OF_SNAPSHOTS: [Mutation; 6] = {
-        use Mutation::*;
-        [
             ChangeNotNoted,
             ChangesSinceCutForgotten,
             WriteOvertakesCapture,
             CutDoesNotWaitForWrites,
             RollbackKeepsResidency,
             CrashKeepsLineage,
+            SecondChunkOvertakesCapture,
+            GivenUpForgetsChanges,
+            CheckpointForgetsChanges,
+            RollbackOvertakesFills,
+            CondemnedPacksShared,
+            CollectionIgnoresImports,
+            DeletionIgnoresReferences,
         ]
     };
 }

@@ -206,13 +206,6 @@ fn cut_all(shards: &Shards, subjects: &[Subject], cut: u64) -> Result<Vec<CutVol
     Ok(subjects.iter().filter_map(|subject| cuts.remove(&subject.volume)).collect())
 }
 
-impl CutVolume {
-    /// Whether nothing that the snapshot was prepared with has changed since.
-    fn fits(&self, lineage: &VolumeLineage) -> bool {
-        self.volume == lineage.id && (!self.known || self.base == lineage.lineage.base)
-    }
-}
-
 #[allow(clippy::too_many_arguments)] // One call, of what `take` has in its hands.
 fn store_all(
     shards: &Shards,

@@ -169,7 +169,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 continue;
             }
             if !mutation::on(Mutation::WriteOvertakesCapture) {
-                for chunk in staged {
+                let skips = mutation::on(Mutation::SecondChunkOvertakesCapture);
+                for chunk in staged.into_iter().take(if skips { 1 } else { usize::MAX }) {
                     self.stage(volume, chunk).await;
                 }
             }

@@ -28,7 +28,7 @@ use crate::shard::signal::Signal;
 use crate::shard::stats::{Counter, Counters};
 use crate::snapshot::Manifest;
 use crate::transfer::ledger::Account;
-use crate::types::{HydrationRate, SECTOR_BYTES, VolumeSpec, VolumeState};
+use crate::types::{HydrationRate, Lineage, SECTOR_BYTES, VolumeSpec, VolumeState};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
 
@@ -229,7 +229,10 @@ impl<P: Platform> Volume<P> {
             self.hydrated.get() || (self.synced_in_this_life.get() && self.map.borrow().is_full_and_durable());
         let zeroes = self.synced_in_this_life.get();
         let residency = if hydrated { Vec::new() } else { self.map.borrow().durable(zeroes) };
-        let lineage = self.changes.borrow().lineage();
+        let mut lineage = self.changes.borrow().lineage();
+        if mutation::on(Mutation::CheckpointForgetsChanges) {
+            lineage = Lineage::new(lineage.base);
+        }
         VolumeState { spec: self.spec_now(), generation: self.generation.get(), residency, hydrated, lineage }
     }
 

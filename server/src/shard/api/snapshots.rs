@@ -52,6 +52,14 @@ pub struct CutVolume {
     pub stall: Duration,
 }
 
+impl CutVolume {
+    /// Whether nothing that the snapshot was prepared with has changed since.
+    #[must_use]
+    pub fn fits(&self, lineage: &VolumeLineage) -> bool {
+        self.volume == lineage.id && (!self.known || self.base == lineage.lineage.base)
+    }
+}
+
 impl VolumeLineage {
     /// Chunks of the device.
     #[must_use]
