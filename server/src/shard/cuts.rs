@@ -193,6 +193,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     async fn try_stage(&self, volume: &Rc<Volume<P>>, chunk: u32) -> Result<()> {
+        let _staging = volume.staging_writes.begin();
         let store = &self.0.stores[volume.store];
         let whole = volume.map.borrow().chunk_sectors(chunk);
         let runs = volume.map.borrow().runs(whole);
@@ -346,6 +347,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     /// Frees what was staged for a volume.
     pub(super) async fn drop_staging(&self, volume: &Volume<P>) {
+        // Writes that are at it still need the file, and none is to begin.
+        volume.changes.borrow_mut().fail("it has ended".to_owned());
+        volume.staging_writes.ended().await;
         let store = &self.0.stores[volume.store];
         store.staged_bytes.set(store.staged_bytes.get().saturating_sub(volume.changes.borrow().staged_bytes()));
         let file = volume.staging.borrow_mut().take();

@@ -1,6 +1,6 @@
 //! Waiting inside one shard: a wake-up for all waiters, and a wait with a deadline.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
@@ -38,6 +38,34 @@ impl Signal {
             }
             let _ = waiter.await;
         }
+    }
+}
+
+/// How many are at something now.
+#[derive(Default)]
+pub struct Busy {
+    now: Cell<u32>,
+    done: Signal,
+}
+
+impl Busy {
+    /// One more, until this is dropped.
+    pub fn begin(&self) -> AtWork<'_> {
+        self.now.set(self.now.get() + 1);
+        AtWork(self)
+    }
+
+    pub async fn ended(&self) {
+        self.done.until(|| self.now.get() == 0).await;
+    }
+}
+
+pub struct AtWork<'a>(&'a Busy);
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.0.now.set(self.0.now.get() - 1);
+        self.0.done.wake_all();
     }
 }
 

@@ -87,6 +87,10 @@ impl Control {
             8..10 => self.done("volume of a snapshot", self.create().await),
             10..13 => self.done("rollback", self.roll_back().await),
             13 => self.done("deletion", self.delete_one().await),
+            14 => {
+                self.done("deletion", self.delete_one().await);
+                self.done("collection", self.collect().await);
+            }
             _ => self.done("collection", self.collect().await),
         }
     }
@@ -166,8 +170,8 @@ impl Control {
         *references.borrow_mut() = held.clone();
         let mut needed = self.node.snapshots_needed().await?;
         for volume in &*self.guests.volumes.borrow() {
-            // Whether it is there, or which it is, is known after a restart.
-            if volume.borrow().existence != Existence::Sure || volume.borrow().is_rolling() {
+            // Whether it is there is known after a restart.
+            if volume.borrow().existence != Existence::Sure {
                 needed.extend(volume.borrow().may_need().map(|name| name.to_string()));
             }
         }

@@ -153,9 +153,12 @@ impl Control {
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
-        let changed = |subject: &Subject| cuts.get(&subject.name).is_some_and(|made| !made.fits(&subject.lineage));
-        if failed.is_none() && subjects.iter().any(changed) {
-            failed = Some(Error::new(Status::Conflict, "changed by another snapshot meanwhile"));
+        for subject in subjects {
+            match self.lineage(&subject.name).await {
+                Ok(now) if cuts.get(&subject.name).is_some_and(|made| made.fits(&subject.lineage, &now)) => {}
+                Ok(_) => failed = failed.or(Some(Error::new(Status::Conflict, "changed by others meanwhile"))),
+                Err(error) => failed = failed.or(Some(error)),
+            }
         }
         let Some(error) = failed else {
             return Ok((subjects.iter().filter_map(|subject| cuts.remove(&subject.name)).collect(), moments));

@@ -53,10 +53,15 @@ pub struct CutVolume {
 }
 
 impl CutVolume {
-    /// Whether nothing that the snapshot was prepared with has changed since.
+    /// Whether nothing that the snapshot was prepared with, `then`, has changed. `now` was asked for after the cut: until
+    /// that ends, nobody replaces the volume.
     #[must_use]
-    pub fn fits(&self, lineage: &VolumeLineage) -> bool {
-        self.volume == lineage.id && (!self.known || self.base == lineage.lineage.base)
+    pub fn fits(&self, then: &VolumeLineage, now: &VolumeLineage) -> bool {
+        let builds_on_the_same = match self.known {
+            true => self.base == then.lineage.base,
+            false => now.source == then.source && (now.hydrated || !then.hydrated),
+        };
+        self.volume == then.id && now.size_bytes == then.size_bytes && builds_on_the_same
     }
 }
 

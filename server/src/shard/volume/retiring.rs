@@ -1,7 +1,7 @@
 //! A volume whose content is copied out for a snapshot, or that another one replaces under its name.
 
 use super::{SECTOR, Volume};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 use crate::platform::{File, Platform};
 use crate::shard::residency::SectorRange;
 
@@ -22,6 +22,18 @@ impl<P: Platform> Volume<P> {
     pub fn refuse_writes(&self, error: &Error) {
         let message = format!("{}; the volume takes no writes until volleyd is restarted", error.message);
         *self.poisoned.borrow_mut() = Some(Error::new(error.status, message));
+    }
+
+    /// What the journal is told of the volume from now on would be taken for the one that replaced it.
+    ///
+    /// # Errors
+    /// `Busy` once there is such a one.
+    pub fn check_not_replaced(&self) -> Result<()> {
+        if self.replacement.borrow().is_none() {
+            return Ok(());
+        }
+        let message = format!("volume {:?} was rolled back or resized: try again", &*self.spec.name);
+        Err(Error::new(Status::Busy, message))
     }
 
     /// Ends a replacement. One that failed before the journal could know of it changed nothing.
