@@ -95,12 +95,24 @@ pub enum Mutation {
     RollbackKeepsResidency,
     /// A guest's write goes to the disk before the journal has it that the chunk may change.
     ChangeNotAnnounced,
-    /// A checkpoint has nothing of what guests changed.
+    /// Of a write to several chunks only the first one's old content is put aside for a snapshot.
+    SecondChunkOvertakesCapture,
+    /// A snapshot that was given up counts as one that was taken.
+    GivenUpForgetsChanges,
+    /// A checkpoint forgets what guests changed since the last snapshot.
     CheckpointForgetsChanges,
+    /// A rollback does not wait for chunks on their way to the disk.
+    RollbackOvertakesFills,
+    /// A snapshot shares packs that are condemned.
+    CondemnedPacksShared,
+    /// A collection does not wait for the imports that were open when it condemned.
+    CollectionIgnoresImports,
+    /// A snapshot is deleted under the volumes that need it.
+    DeletionIgnoresReferences,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 38] = {
+    pub const ALL: [Mutation; 51] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -141,20 +153,19 @@ impl Mutation {
             PlaceBeforeItsBytes,
             LentPlacePunched,
             LatestDeadlineFirst,
-        ]
-    };
-
-    /// Those of snapshots, which have scenarios of their own.
-    pub const OF_SNAPSHOTS: [Mutation; 7] = {
-        use Mutation::*;
-        [
             ChangeNotNoted,
             ChangesSinceCutForgotten,
             WriteOvertakesCapture,
             CutDoesNotWaitForWrites,
             RollbackKeepsResidency,
             ChangeNotAnnounced,
+            SecondChunkOvertakesCapture,
+            GivenUpForgetsChanges,
             CheckpointForgetsChanges,
+            RollbackOvertakesFills,
+            CondemnedPacksShared,
+            CollectionIgnoresImports,
+            DeletionIgnoresReferences,
         ]
     };
 }

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Status;
 use crate::shard::api::{Command, VolumeLineage};
-use crate::shard::changes::ChunkSet;
 use crate::snapshot::Manifest;
+use crate::snapshot::diff::differing;
 
 use super::Control;
 use super::blocks::id_text;
@@ -173,7 +173,7 @@ impl Control {
         let differs = match (&base, &lineage.lineage.base) {
             // Deleted: nobody can say what the volume holds.
             (None, Some(_)) => (0..lineage.chunks()).collect(),
-            _ => differing(base.as_deref(), &target, lineage.chunks()),
+            _ => differing(base.as_deref(), &target, lineage.chunks()).collect(),
         };
         let command = |reply| Command::RollBack {
             name: name.to_owned(),
@@ -303,9 +303,4 @@ impl Control {
 /// Digest and length of a chunk that a snapshot has data for.
 fn entry(manifest: &Manifest, chunk: u32) -> Option<([u8; 32], u32)> {
     manifest.digest(chunk).map(|digest| (digest, manifest.chunk_len(chunk)))
-}
-
-/// Chunks that two snapshots hold differently; `None` holds zeroes.
-fn differing(a: Option<&Manifest>, b: &Manifest, chunks: u32) -> ChunkSet {
-    (0..chunks).filter(|chunk| a.and_then(|a| entry(a, *chunk)) != entry(b, *chunk)).collect()
 }

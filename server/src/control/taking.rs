@@ -193,12 +193,9 @@ fn cut_all(shards: &Shards, subjects: &[Subject], cut: u64) -> Result<Vec<CutVol
             Err(error) => failed = failed.or(Some(error)),
         }
     }
-    let changed = |subject: &&Subject| cuts.get(&subject.volume).is_some_and(|cut| !cut.fits(&subject.lineage));
-    if failed.is_none()
-        && let Some(subject) = subjects.iter().find(changed)
-    {
-        let text = format!("volume {:?} was changed by another snapshot meanwhile: try again", subject.volume);
-        failed = Some(Error::new(Status::Conflict, text));
+    if failed.is_none() {
+        let fit = subjects.iter().try_for_each(|subject| check_fit(shards, subject, cuts.get(&subject.volume)));
+        failed = fit.err();
     }
     if let Some(error) = failed {
         for subject in subjects {
@@ -211,11 +208,15 @@ fn cut_all(shards: &Shards, subjects: &[Subject], cut: u64) -> Result<Vec<CutVol
     Ok(subjects.iter().filter_map(|subject| cuts.remove(&subject.volume)).collect())
 }
 
-impl CutVolume {
-    /// Whether nothing that the snapshot was prepared with has changed since.
-    fn fits(&self, lineage: &VolumeLineage) -> bool {
-        self.volume == lineage.id && (!self.known || self.base == lineage.lineage.base)
+/// Refuses a cut of a volume that is not any more what its snapshot was prepared with.
+fn check_fit(shards: &Shards, subject: &Subject, cut: Option<&CutVolume>) -> Result<()> {
+    let name = &subject.volume;
+    let now = shards.ask_now(subject.shard, |reply| Command::Lineage { name: name.clone(), reply })??;
+    if cut.is_some_and(|cut| cut.fits(&subject.lineage, &now)) {
+        return Ok(());
     }
+    let text = format!("volume {name:?} was changed by another snapshot or a rollback meanwhile: try again");
+    Err(Error::new(Status::Conflict, text))
 }
 
 #[allow(clippy::too_many_arguments)] // One call, of what `take` has in its hands.

@@ -298,6 +298,7 @@ impl Changes {
             return false;
         }
         let cut = self.cut.take();
+        let snapshot = snapshot.or_else(|| self.base.clone().filter(|_| mutation::on(Mutation::GivenUpForgetsChanges)));
         if let (Some(cut), Some(snapshot)) = (cut, snapshot) {
             self.base = Some(snapshot);
             let since = if mutation::on(Mutation::ChangesSinceCutForgotten) { ChunkSet::default() } else { cut.since };

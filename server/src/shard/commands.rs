@@ -232,6 +232,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Err(Error::new(Status::Conflict, message));
         }
         self.0.journal.admit().await?;
+        // What is about to take its place would be left without a file; one that failed half-way may go.
+        if volume.retired.get() && !volume.takes_no_writes() {
+            let message = format!("volume {name:?} is being rolled back or resized: try again");
+            return Err(Error::new(Status::Conflict, message));
+        }
         // From here on the volume is gone for guests. The file first gets a name that a restart may remove, or turn
         // back if the record below never became durable.
         volume.deleted.set(true);
@@ -353,8 +358,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let count = |which: &dyn Fn(&Rc<Volume<P>>) -> bool| volumes.iter().filter(|v| which(v)).count() as u64;
         let (ram, disk) = self.0.transfer.tiers();
         let needed = |v: &Rc<Volume<P>>| v.spec.snapshot.as_ref().filter(|_| !v.hydrated.get()).map(|s| s.name.clone());
+        // Of a replacement that failed half-way a restart tells whether it happened.
+        let replacements: Vec<_> = volumes.iter().filter_map(|v| v.replacement.borrow().clone()).collect();
         let mut snapshots_needed: Vec<String> =
-            volumes.iter().filter_map(needed).map(|name| name.to_string()).collect();
+            volumes.iter().chain(&replacements).filter_map(needed).map(|name| name.to_string()).collect();
         snapshots_needed.sort_unstable();
         snapshots_needed.dedup();
         let mut counters = self.0.counters.snapshot();

@@ -22,7 +22,7 @@ use crate::shard::fill_turns::FillTurn;
 use crate::shard::hydration_queue::Class;
 use crate::shard::locks::{Guard, Mode};
 use crate::shard::residency::SectorRange;
-use crate::shard::signal::within;
+use crate::shard::signal::{AtWork, within};
 use crate::shard::volume::{Volume, copy_padded, is_zero};
 use crate::transfer::{ChunkSource, FetchClass};
 use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
@@ -32,6 +32,8 @@ const SECTOR: u64 = SECTOR_BYTES as u64;
 const FREEZE_MAX: Duration = Duration::from_secs(1);
 /// A write of one sector puts this much around it aside: few writes of a guest that writes in order wait for it.
 const COPIED_SECTORS: u32 = 16;
+/// So many pieces of a volume's old content are on their way into the staging area before guests wait for one.
+const PUT_ASIDE_MAX: usize = 64;
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// What the next snapshot of a volume builds on.
@@ -184,7 +186,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 continue;
             }
             if !mutation::on(Mutation::WriteOvertakesCapture) {
-                for chunk in staged {
+                let skips = mutation::on(Mutation::SecondChunkOvertakesCapture);
+                for chunk in staged.into_iter().take(if skips { 1 } else { usize::MAX }) {
                     self.stage(volume, chunk, &needed(chunk)).await;
                 }
             }
@@ -212,15 +215,22 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     /// Puts the old content of sectors of a chunk aside; the caller has the chunk alone. Where that fails, so does the snapshot.
     async fn stage(&self, volume: &Rc<Volume<P>>, chunk: u32, sectors: &[u32]) {
-        if let Err(error) = self.try_stage(volume, chunk, sectors).await {
+        let Some(cut) = volume.changes.borrow().cut() else { return };
+        if let Err(error) = self.try_stage(volume, cut, chunk, sectors).await {
+            self.give_up(volume, cut, error);
+        }
+    }
+
+    fn give_up(&self, volume: &Volume<P>, cut: u64, error: Error) {
+        if volume.changes.borrow().cut() == Some(cut) {
             let text = format!("volume {:?}: its snapshot was given up: {}", &*volume.spec.name, error.message);
             self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
             volume.changes.borrow_mut().fail(error.message);
         }
     }
 
-    async fn try_stage(&self, volume: &Rc<Volume<P>>, chunk: u32, sectors: &[u32]) -> Result<()> {
-        let Some(cut) = volume.changes.borrow().cut() else { return Ok(()) };
+    async fn try_stage(&self, volume: &Rc<Volume<P>>, cut: u64, chunk: u32, sectors: &[u32]) -> Result<()> {
+        let at_work = volume.staging_writes.begin(chunk);
         let store = &self.0.stores[volume.store];
         let whole = volume.map.borrow().chunk_sectors(chunk);
         let shares_extents = self.0.bases[volume.store].is_usable();
@@ -241,10 +251,19 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         if bytes > 0 {
             let staging = self.staging_of(volume).await?;
+            let mut copied = Vec::new();
             for (first, len) in runs {
                 let start = whole.start + u64::from(first);
                 let run = SectorRange { start, end: start + u64::from(len) };
-                volume.copy_out(run, &staging, shares_extents).await?;
+                if !shares_extents || !volume.share_out(run, &staging).await? {
+                    copied.push((start * SECTOR, volume.copy_out(run).await?));
+                }
+            }
+            let write = self.clone().put_aside(volume.clone(), cut, staging, copied, at_work);
+            // The guest waits for the old content to be read, and only where much is waiting also for it to be written.
+            match volume.staging_writes.count() > PUT_ASIDE_MAX {
+                true => write.await,
+                false => self.0.platform.spawn(Queue::Background, write),
             }
         }
         if volume.changes.borrow_mut().staged(cut, chunk, &staged, bytes) {
@@ -252,6 +271,24 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.0.counters.staged_bytes.add(bytes);
         }
         Ok(())
+    }
+
+    /// Writes old content into the staging file, while nobody reads it there.
+    async fn put_aside(
+        self,
+        volume: Rc<Volume<P>>,
+        cut: u64,
+        staging: P::File,
+        copied: Vec<(u64, P::WriteBuf)>,
+        at_work: AtWork,
+    ) {
+        for (offset, buf) in copied {
+            if let Err(error) = staging.write_at(offset, buf).await {
+                let path = self.staging_path(&volume);
+                self.give_up(&volume, cut, Error::from_io(&format!("staging file {}", path.display()), &error));
+            }
+        }
+        drop(at_work);
     }
 
     /// What to put aside where these sectors have to be. Extents are shared a chunk at a time, which costs the guest no more than a sector would;
@@ -314,6 +351,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         content: &mut [u8],
     ) -> Result<Vec<(u64, u64)>> {
         let _alone = volume.locks.lock(chunk, Mode::Alone).await;
+        volume.staging_writes.ended_on(chunk).await;
         let given_up =
             |why| Error::new(Status::Conflict, format!("the snapshot of {:?} was given up: {why}", &*volume.spec.name));
         let staged = volume.changes.borrow().find(cut, chunk).map_err(given_up)?;
@@ -382,9 +420,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if volume.changes.borrow().cut() != Some(cut) {
             return Ok(());
         }
-        if !committed {
-            volume.changes.borrow_mut().fail("it was given up".to_owned());
-        }
         self.drop_staging(&volume).await;
         if !committed {
             volume.changes.borrow_mut().end(cut, None);
@@ -401,6 +436,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 
     /// Frees what was staged for a volume.
     pub(super) async fn drop_staging(&self, volume: &Volume<P>) {
+        // Writes that are at it still need the file, and none is to begin.
+        volume.changes.borrow_mut().fail("it has ended".to_owned());
+        volume.staging_writes.ended().await;
         let store = &self.0.stores[volume.store];
         store.staged_bytes.set(store.staged_bytes.get().saturating_sub(volume.changes.borrow().staged_bytes()));
         let file = volume.staging.borrow_mut().take();

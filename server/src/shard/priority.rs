@@ -1,6 +1,6 @@
 //! Priority fetches: a guest or its host asks for data to come, without waiting for the background.
 
-use crate::error::Result;
+use crate::error::{Error, Result, Status};
 use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
@@ -74,6 +74,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 }
             }
             at = end;
+        }
+        if until != FetchUntil::Readable && volume.retired.get() {
+            // Nothing is filled into it any more.
+            let message = format!("volume {:?} is being rolled back or resized: try again", &*volume.spec.name);
+            return Err(Error::new(Status::Busy, message));
         }
         if mutation::on(Mutation::DurableFetchNotSynced) {
             return Ok(Reply::Done);

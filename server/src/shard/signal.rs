@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::pin;
+use std::rc::Rc;
 use std::time::Duration;
 
 use futures::channel::oneshot;
@@ -38,6 +39,49 @@ impl Signal {
             }
             let _ = waiter.await;
         }
+    }
+}
+
+/// Who is at work now, and on which chunk.
+#[derive(Default)]
+pub struct Busy {
+    now: RefCell<Vec<u32>>,
+    done: Signal,
+}
+
+impl Busy {
+    /// One more, until this is dropped.
+    pub fn begin(self: &Rc<Busy>, chunk: u32) -> AtWork {
+        self.now.borrow_mut().push(chunk);
+        AtWork { busy: self.clone(), chunk }
+    }
+
+    pub fn count(&self) -> usize {
+        self.now.borrow().len()
+    }
+
+    pub async fn ended(&self) {
+        self.done.until(|| self.now.borrow().is_empty()).await;
+    }
+
+    /// Nobody is at work on this chunk.
+    pub async fn ended_on(&self, chunk: u32) {
+        self.done.until(|| !self.now.borrow().contains(&chunk)).await;
+    }
+}
+
+pub struct AtWork {
+    busy: Rc<Busy>,
+    chunk: u32,
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        let mut now = self.busy.now.borrow_mut();
+        let at = now.iter().position(|chunk| *chunk == self.chunk).expect("it was begun");
+        now.swap_remove(at);
+        drop(now);
+        self.busy.done.wake_all();
     }
 }
 

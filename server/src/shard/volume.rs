@@ -24,7 +24,7 @@ use crate::shard::hydrate::{Hydration, ZERO_RUN_CHUNKS_MAX};
 use crate::shard::locks::ChunkLocks;
 use crate::shard::readahead::ReadAhead;
 use crate::shard::residency::{ResidencyMap, SectorRange};
-use crate::shard::signal::Signal;
+use crate::shard::signal::{Busy, Signal};
 use crate::shard::stats::{Counter, Counters};
 use crate::snapshot::Manifest;
 use crate::transfer::ledger::Account;
@@ -89,6 +89,8 @@ pub struct Volume<P: Platform> {
     /// Old content of chunks that a snapshot still needs.
     pub staging: RefCell<Option<P::File>>,
     pub staging_opening: futures::lock::Mutex<()>,
+    /// Writes that put something aside.
+    pub staging_writes: Rc<Busy>,
     /// On whose account its chunks are fetched.
     pub account: Rc<Account>,
     manifest: RefCell<Option<Arc<Manifest>>>,
@@ -176,6 +178,7 @@ impl<P: Platform> Volume<P> {
             fills_done: Signal::default(),
             staging: RefCell::default(),
             staging_opening: futures::lock::Mutex::new(()),
+            staging_writes: Rc::default(),
             account,
             manifest: RefCell::new(None),
             platform: platform.clone(),
@@ -396,6 +399,7 @@ impl<P: Platform> Volume<P> {
             }
             if !changes.is_empty() {
                 journal.admit().await?;
+                self.check_not_replaced()?;
                 let lsn = journal.append(&Record::Residency { volume: self.spec.id, chunks: changes });
                 self.map.borrow_mut().sync_appended();
                 journal.commit(lsn).await?;
@@ -413,6 +417,7 @@ impl<P: Platform> Volume<P> {
         }
         if !self.hydrated.get() && self.map.borrow().is_full_and_durable() {
             journal.admit().await?;
+            self.check_not_replaced()?;
             let lsn = journal.append(&Record::Hydrated { volume: self.spec.id });
             journal.commit(lsn).await?;
             self.hydrated.set(true);

@@ -9,6 +9,7 @@ use volley_protocol::name::check_name;
 use super::gc::{Clock, condemned, mark, references, rewrite};
 use super::{CatalogError, Manifest, catalog, import_key, manifest_key, marker};
 use crate::bootset::boot_set_key;
+use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectError, ObjectStore};
 
 pub const DELETION_PREFIX: &str = "deletions/";
@@ -134,7 +135,7 @@ pub async fn intention<S: ObjectStore>(store: &S, name: &str) -> Result<Option<V
 /// With the intention in place. `Unknown` when there is nothing to delete any more.
 async fn carry_out<S: ObjectStore>(store: &S, clock: &impl Clock, name: &str) -> Result<Outcome, CatalogError> {
     let nodes = references(store, name).await?;
-    if !nodes.is_empty() {
+    if !nodes.is_empty() && !mutation::on(Mutation::DeletionIgnoresReferences) {
         return Ok(Outcome::WhenUnused { nodes });
     }
     if rewrite::lease_is_held(store, clock, name).await? {

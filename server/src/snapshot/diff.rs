@@ -95,6 +95,13 @@ pub fn changes(
     Ok((starting..manifest.chunk_count()).filter_map(change))
 }
 
+/// Which of the first chunks of a device two snapshots hold differently; `None` holds zeroes, and so does what is past the
+/// end of one.
+pub fn differing<'a>(a: Option<&'a Manifest>, b: &'a Manifest, chunks: u32) -> impl Iterator<Item = u32> + 'a {
+    let held = |manifest: &Manifest, chunk| Some((manifest.digest(chunk)?, manifest.chunk_len(chunk)));
+    (0..chunks).filter(move |chunk| a.and_then(|a| held(a, *chunk)) != held(b, *chunk))
+}
+
 /// The first `max` items.
 pub fn page<T: Indexed>(mut items: impl Iterator<Item = T>, max: usize) -> Page<T> {
     let first = items.by_ref().take(max).collect();

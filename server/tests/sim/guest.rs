@@ -15,6 +15,7 @@ use volley_server::types::{HydrationRate, VolumeId, VolumeSpec};
 
 use crate::model::{BLOCK, Existence, Tag, VolumeModel, WriteStart, ZEROES};
 use crate::node::{CHUNK_BYTES, Node, Snapshot};
+use crate::snapshots::Snapshots;
 
 const SCATTERED_WRITES: usize = 30;
 
@@ -33,7 +34,9 @@ pub struct Guests {
     pub volumes: RefCell<Vec<VolumeRc>>,
     /// Volumes whose deletion was answered: they never come back.
     pub deleted: RefCell<Vec<VolumeSpec>>,
+    /// Images, which are there from the beginning to the end.
     pub snapshots: Vec<Snapshot>,
+    pub snapshots_taken: Snapshots,
     pub(crate) rng: RefCell<SimRng>,
     next_tag: Cell<Tag>,
     pub(crate) next_name: Cell<u32>,
@@ -52,6 +55,7 @@ pub(crate) struct Session {
     pub(crate) attach_changes: u64,
     /// An attach or detach was under way at the start.
     pub(crate) contested: bool,
+    rolls: u64,
 }
 
 impl Session {
@@ -63,17 +67,25 @@ impl Session {
             connection: volume.connection,
             attach_changes: volume.attach_changes,
             contested: volume.attaching > 0,
+            rolls: volume.rolls,
             model: model.clone(),
         }
+    }
+
+    /// The volume was rolled back meanwhile, or may have been.
+    fn rolled(&self) -> bool {
+        let volume = self.model.borrow();
+        volume.is_rolling() || volume.rolls != self.rolls
     }
 }
 
 impl Guests {
-    pub fn new(rng: SimRng, snapshots: Vec<Snapshot>) -> Guests {
+    pub fn new(rng: SimRng, snapshots: Vec<Snapshot>, snapshots_taken: Snapshots) -> Guests {
         Guests {
             volumes: RefCell::default(),
             deleted: RefCell::default(),
             snapshots,
+            snapshots_taken,
             rng: RefCell::new(rng),
             next_tag: Cell::new(ZEROES + 1),
             next_name: Cell::new(0),
@@ -172,7 +184,8 @@ impl Guests {
     async fn session(&self, node: &Node) -> Option<Session> {
         let model = {
             let volumes = self.volumes.borrow();
-            let known: Vec<_> = volumes.iter().filter(|v| v.borrow().existence == Existence::Sure).collect();
+            let usable = |v: &&VolumeRc| v.borrow().existence == Existence::Sure && !v.borrow().is_rolling();
+            let known: Vec<_> = volumes.iter().filter(usable).collect();
             if known.is_empty() {
                 return None;
             }
@@ -207,6 +220,7 @@ impl Guests {
                 session.contested || volume.attach_changes != session.attach_changes
             }
             _ if volume.existence == Existence::Leaving => true,
+            Status::Busy | Status::Conflict if volume.is_rolling() || volume.rolls != session.rolls => true,
             Status::DeadlineExceeded | Status::ObjectStore | Status::Corrupt => excuses.object_store,
             Status::Io => excuses.disk,
             Status::NoSpace => excuses.no_space,
@@ -261,7 +275,7 @@ impl Guests {
         self.read_from(node, session, range).await;
     }
 
-    async fn read_from(&self, node: &Node, session: &Session, (offset, len): (u64, u64)) {
+    pub(crate) async fn read_from(&self, node: &Node, session: &Session, (offset, len): (u64, u64)) {
         let start = session.model.borrow().begin_read(offset, len);
         let (volume, generation, len) = (session.id, session.generation, len as u32);
         match self.send(node, session.connection, Request::Read { volume, generation, offset, len }).await {
@@ -274,7 +288,7 @@ impl Guests {
         }
     }
 
-    async fn write(&self, node: &Node, session: &Session) {
+    pub(crate) async fn write(&self, node: &Node, session: &Session) {
         let range = self.range(&session.model.borrow());
         self.write_to(node, session, range).await;
     }
@@ -399,9 +413,9 @@ impl Guests {
         let until = [FetchUntil::Readable, FetchUntil::Resident, FetchUntil::Durable][self.below(3) as usize];
         let volume = session.id;
         match self.send(node, session.connection, Request::PriorityFetch { volume, offset, len, until }).await {
-            Ok(_) if until != FetchUntil::Readable => {
+            Ok(_) if until != FetchUntil::Readable && !session.rolled() => {
                 self.check_resident(node, session, offset, len).await;
-                if until == FetchUntil::Durable {
+                if until == FetchUntil::Durable && !session.rolled() {
                     session.model.borrow_mut().fetched_durably.push((offset, len));
                 }
             }
@@ -414,7 +428,8 @@ impl Guests {
         match self.send(node, session.connection, Request::Residency { volume: session.id, offset, len }).await {
             Ok(Reply::Residency { extents, .. }) => {
                 assert_eq!(extents.iter().map(|e| e.len_bytes).sum::<u64>(), len, "the extents cover the range");
-                assert!(extents.iter().all(|e| e.resident), "fetched, but not resident: {offset}+{len} {extents:?}");
+                let there = session.rolled() || extents.iter().all(|e| e.resident);
+                assert!(there, "fetched, but not resident: {offset}+{len} {extents:?}");
             }
             Ok(other) => panic!("residency was answered with {other:?}"),
             Err(error) => self.excuse(session, "residency", &error),

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use volley_server::error::Status;
 use volley_server::shard::api::{Command, Reply, Request};
 use volley_server::types::VolumeSpec;
 
@@ -12,11 +13,14 @@ use crate::guest::{Guests, Session, VolumeRc};
 use crate::model::{BLOCK, Existence, Image, VolumeModel};
 use crate::node::{Node, volume_spec};
 
-const VOLUMES_MAX: usize = 8;
+pub const VOLUMES_MAX: usize = 8;
 
 impl Guests {
     /// A fresh attach: everyone before it is fenced.
     pub(crate) async fn attach(&self, node: &Node, model: &VolumeRc) {
+        if model.borrow().is_rolling() {
+            return;
+        }
         model.borrow_mut().attach_changes += 1;
         let session = Session::of(model);
         let name = model.borrow().spec.name.to_string();
@@ -132,13 +136,18 @@ impl Guests {
                 specs.push(spec);
             }
         }
+        self.create_all(node, specs, models).await;
+    }
+
+    /// One request for volumes of one shard.
+    pub(crate) async fn create_all(&self, node: &Node, specs: Vec<VolumeSpec>, models: Vec<VolumeRc>) {
         let Some(first) = specs.first() else { return };
         let name = first.name.clone();
         self.volumes.borrow_mut().extend(models.iter().cloned());
         match node.command(&name, |reply| Command::CreateVolumes { specs, reply }).await {
             Ok(()) => {
                 for model in models {
-                    self.count(if model.borrow().image.is_some() { "create" } else { "create blank" });
+                    self.count(if model.borrow().is_blank() { "create blank" } else { "create" });
                     model.borrow_mut().existence = Existence::Sure;
                 }
             }
@@ -180,7 +189,12 @@ impl Guests {
                 self.deleted.borrow_mut().push(session.model.borrow().spec.clone());
                 self.volumes.borrow_mut().retain(|v| !Rc::ptr_eq(v, &session.model));
             }
-            Err(error) => self.excuse(session, "delete", &error),
+            Err(error) => {
+                if error.status == Status::Conflict {
+                    session.model.borrow_mut().existence = Existence::Sure;
+                }
+                self.excuse(session, "delete", &error);
+            }
         }
     }
 }

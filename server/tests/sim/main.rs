@@ -4,18 +4,24 @@
 //! A failing seed prints the command that runs it again. tools/sim runs one seed (`VOLLEY_SIM_SEED`), or fresh seeds for
 //! `VOLLEY_SIM_SECONDS` from `VOLLEY_SIM_START` in `VOLLEY_SIM_JOBS` threads; with `VOLLEY_SIM_JSON` it reports in JSON.
 
+mod control;
 mod deadlines;
 mod disk_cache;
 mod guest;
 mod inspector;
+mod judge;
 mod lifecycle;
 mod model;
 #[cfg(feature = "mutations")]
 mod mutations;
 mod node;
+mod patient;
 mod points;
 mod report;
 mod run;
+mod snapshots;
+mod taking;
+mod values;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -3,24 +3,17 @@
 //! The guests never write one sector from two places at once, so its values form a line: the log. A read may return
 //! the last acknowledged value at its start or any later one. After a power cut a sector holds the last value that a
 //! FLUSH or FUA covered, or any later one, and from then on it keeps what it was found with.
+//!
+//! A rollback is one more value of every sector, of all of them or of none. What a snapshot may hold is what a read may
+//! have returned at its moment.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
-use volley_server::platform::sim::SimRng;
 use volley_server::shard::api::ConnectionId;
 use volley_server::types::VolumeSpec;
 
-pub const BLOCK: u64 = 512;
-
-/// Names a value of a sector: 0 is the snapshot's, 1 is zeroes, all others are writes.
-pub type Tag = u32;
-pub const SNAPSHOT: Tag = 0;
-pub const ZEROES: Tag = 1;
-
-/// Content of a snapshot.
-pub struct Image {
-    pub bytes: Vec<u8>,
-}
+pub use crate::values::{BLOCK, Image, Moment, SNAPSHOT, Tag, Values, ZEROES};
 
 #[derive(Clone)]
 struct Entry {
@@ -71,7 +64,6 @@ pub enum Existence {
 
 pub struct VolumeModel {
     pub spec: VolumeSpec,
-    pub image: Option<Rc<Image>>,
     pub existence: Existence,
     /// The highest generation handed out.
     pub generation: u64,
@@ -86,6 +78,15 @@ pub struct VolumeModel {
     pub fetched_durably: Vec<(u64, u64)>,
     /// Reported as hydrated.
     pub hydrated: bool,
+    /// Begins and ends of rollbacks: what was said of residency in their time may be of the volume before.
+    pub rolls: u64,
+    /// A rollback failed in such a way that only a restart tells what became of it.
+    pub stuck: bool,
+    values: Values,
+    /// The snapshots that absent sectors may come from, by name: more than one only after a kill.
+    sources: Vec<(Option<Arc<str>>, Tag)>,
+    /// The rollback that may have happened: to this snapshot.
+    rolling: Option<(Arc<str>, Tag)>,
     sectors: Vec<Sector>,
     next_op: u64,
 }
@@ -111,8 +112,12 @@ impl VolumeModel {
             Sector { log: vec![Entry { tag: SNAPSHOT, op: 0, acked: true }], durable: 0, busy: None, doubtful: None };
         VolumeModel {
             sectors: vec![first; (spec.size_bytes / BLOCK) as usize],
+            sources: vec![(spec.snapshot.as_ref().map(|snapshot| snapshot.name.clone()), SNAPSHOT)],
+            values: Values::new(image),
+            rolling: None,
+            rolls: 0,
+            stuck: false,
             spec,
-            image,
             existence: Existence::Maybe,
             generation: 0,
             attached: false,
@@ -141,10 +146,12 @@ impl VolumeModel {
     }
 
     pub fn write_done(&mut self, write: &WriteStart, durable: bool) {
+        let op = write.op;
         for sector in self.end_write(write) {
-            sector.log.last_mut().expect("begun").acked = true;
+            let at = sector.log.iter().rposition(|entry| entry.op == op).expect("begun");
+            sector.log[at].acked = true;
             if durable {
-                sector.durable = sector.log.len() - 1;
+                sector.durable = at;
             }
         }
     }
@@ -188,7 +195,7 @@ impl VolumeModel {
         for (i, (found, from)) in data.chunks(BLOCK as usize).zip(&start.from).enumerate() {
             let index = (start.offset / BLOCK) as usize + i;
             let allowed = &self.sectors[index].log[*from..];
-            if !allowed.iter().any(|entry| self.value_is(index, entry.tag, found)) {
+            if !allowed.iter().any(|entry| self.values.is(index, entry.tag, found)) {
                 return Err(self.complaint("read", index, found, allowed));
             }
         }
@@ -203,15 +210,21 @@ impl VolumeModel {
     pub fn check_block(&self, index: usize, resident: bool, in_file: &[u8]) -> Result<(), String> {
         let sector = &self.sectors[index];
         let allowed = &sector.log[sector.current()..];
-        let mut snapshot = [0; BLOCK as usize];
-        self.value(index as u64, SNAPSHOT, &mut snapshot);
-        let seen = if resident { in_file } else { &snapshot };
-        match allowed.iter().any(|entry| self.value_is(index, entry.tag, seen)) {
-            true => Ok(()),
-            false => {
-                Err(self.complaint(if resident { "in its file" } else { "as not resident" }, index, seen, allowed))
+        if resident {
+            return match allowed.iter().any(|entry| self.values.is(index, entry.tag, in_file)) {
+                true => Ok(()),
+                false => Err(self.complaint("in its file", index, in_file, allowed)),
+            };
+        }
+        let mut seen = [0; BLOCK as usize];
+        let sources = self.sources.iter().map(|(_, tag)| *tag).chain(self.rolling.iter().map(|(_, tag)| *tag));
+        for source in sources {
+            self.values.write(index as u64, source, &mut seen);
+            if allowed.iter().any(|entry| self.values.is(index, entry.tag, &seen)) {
+                return Ok(());
             }
         }
+        Err(self.complaint("as not resident", index, &seen, allowed))
     }
 
     pub fn begin_flush(&self) -> FlushStart {
@@ -226,67 +239,152 @@ impl VolumeModel {
         }
     }
 
-    /// The server is gone and back: every sector must hold what it may hold after that, and stays as it was found.
-    /// After a mere kill the disk may still lose what was never synced, so older values stay possible for later.
+    /// The server is gone and back, and says that absent sectors come from `source`: every sector must hold what it may
+    /// hold after that, and stays as it was found. After a mere kill the disk may still lose what was never synced, so
+    /// older values stay possible for later.
     ///
     /// # Errors
     /// The first sector that holds what it never may.
-    pub fn settle(&mut self, found: &[u8], after: After) -> Result<(), String> {
+    pub fn settle(&mut self, found: &[u8], after: After, source: Option<&str>) -> Result<(), String> {
+        let rolled = self.rolling.take();
+        let as_before = self.sources.iter().any(|(name, _)| name.as_deref() == source);
+        let mut result = Err(format!("volume {:?} is made of {source:?}", &*self.spec.name));
+        if as_before {
+            result = self.settle_as_before(found, after, rolled.as_ref().map(|(_, tag)| *tag));
+        }
+        if let Some((name, tag)) = rolled.filter(|(name, _)| result.is_err() && Some(&**name) == source) {
+            result = self.settle_rolled_back(found, after, tag);
+            self.sources = match after {
+                After::PowerCut => vec![(Some(name), tag)],
+                _ => self.sources.drain(..).chain([(Some(name), tag)]).collect(),
+            };
+        } else if after == After::PowerCut {
+            self.sources.retain(|(name, _)| name.as_deref() == source);
+        }
+        self.stuck = false;
+        result
+    }
+
+    /// If a rollback was begun, it did not happen.
+    fn settle_as_before(&mut self, found: &[u8], after: After, rolled: Option<Tag>) -> Result<(), String> {
+        let mut settled = Vec::with_capacity(self.sectors.len());
         for (index, bytes) in found.chunks(BLOCK as usize).enumerate() {
             let sector = &self.sectors[index];
-            let allowed = &sector.log[sector.durable..];
-            let Some(entry) = allowed.iter().rev().find(|entry| self.value_is(index, entry.tag, bytes)) else {
-                return Err(self.complaint("after restart", index, bytes, allowed));
+            let allowed = sector.log[sector.durable..].iter().filter(|entry| Some(entry.tag) != rolled);
+            let allowed: Vec<Entry> = allowed.cloned().collect();
+            let Some(entry) = allowed.iter().rev().find(|entry| self.values.is(index, entry.tag, bytes)) else {
+                return Err(self.complaint("after restart", index, bytes, &allowed));
             };
-            let now = Entry { tag: entry.tag, op: 0, acked: true };
-            let mut log = if after == After::PowerCut { Vec::new() } else { allowed.to_vec() };
-            log.push(now);
-            let doubtful = (after == After::KillOnBadDisk && log.len() > 2).then(|| log.len() - 1);
-            self.sectors[index] = Sector { log, durable: 0, busy: None, doubtful };
+            settled.push(settled_sector(&allowed, entry.tag, after));
+        }
+        self.sectors = settled;
+        Ok(())
+    }
+
+    /// The rollback that was begun did happen, to all of the volume, and nobody wrote since.
+    fn settle_rolled_back(&mut self, found: &[u8], after: After, tag: Tag) -> Result<(), String> {
+        for (index, bytes) in found.chunks(BLOCK as usize).enumerate() {
+            let sector = &self.sectors[index];
+            if !self.values.is(index, tag, bytes) {
+                let allowed = Entry { tag, op: 0, acked: true };
+                return Err(self.complaint("after a rollback and a restart", index, bytes, &[allowed]));
+            }
+            self.sectors[index] = settled_sector(&sector.log[sector.durable..], tag, after);
         }
         Ok(())
+    }
+
+    /// A rollback to a snapshot begins: nobody may attach until it has ended.
+    pub fn begin_rollback(&mut self, name: Arc<str>, image: Rc<Image>) {
+        assert!(self.rolling.is_none() && self.attaching == 0, "one at a time");
+        let tag = self.values.add(image);
+        self.next_op += 1;
+        let op = self.next_op;
+        self.sectors.iter_mut().for_each(|sector| sector.log.push(Entry { tag, op, acked: false }));
+        self.rolling = Some((name, tag));
+        (self.hydrated, self.attached) = (false, false);
+        self.fetched_durably.clear();
+        self.attaching += 1;
+        self.roll();
+    }
+
+    fn roll(&mut self) {
+        self.rolls += 1;
+        self.attach_changes += 1;
+    }
+
+    /// Nobody may use it, or trust what it says of itself.
+    pub fn is_rolling(&self) -> bool {
+        self.rolling.is_some()
+    }
+
+    /// It is the snapshot, for good: whatever others had under way has happened before or never will.
+    pub fn rolled_back(&mut self) {
+        let Some((name, tag)) = self.rolling.take() else { return };
+        for sector in &mut self.sectors {
+            sector.log.push(Entry { tag, op: 0, acked: true });
+            sector.durable = sector.log.len() - 1;
+            sector.doubtful = None;
+        }
+        self.sources = vec![(Some(name), tag)];
+        self.fence_writes();
+        self.attaching -= 1;
+        self.roll();
+    }
+
+    /// The rollback was refused: it must not have happened.
+    pub fn rollback_refused(&mut self) {
+        let Some((_, tag)) = self.rolling.take() else { return };
+        for sector in &mut self.sectors {
+            while let Some(at) = sector.log.iter().position(|entry| entry.tag == tag) {
+                sector.log[at] = Entry { op: 0, ..sector.log[at - 1].clone() };
+            }
+        }
+        self.attaching -= 1;
+        self.roll();
+    }
+
+    /// The rollback failed, and only a restart tells how far it came.
+    pub fn rollback_in_doubt(&mut self) {
+        self.stuck = true;
+        self.roll();
+    }
+
+    /// Names of the snapshots that it may need.
+    pub fn may_need(&self) -> impl Iterator<Item = &Arc<str>> {
+        let sources = self.sources.iter().filter_map(|(name, _)| name.as_ref());
+        sources.chain(self.rolling.iter().map(|(name, _)| name))
+    }
+
+    /// It never had a snapshot to come from.
+    pub fn is_blank(&self) -> bool {
+        !self.values.has_image()
+    }
+
+    /// What it is at this moment: what was acknowledged, or anything begun since.
+    pub fn moment(&self) -> Moment {
+        let tags = |sector: &Sector| {
+            let mut tags: Vec<Tag> = sector.log[sector.current()..].iter().map(|entry| entry.tag).collect();
+            tags.dedup();
+            tags
+        };
+        let allowed = self.sectors.iter().map(tags).collect();
+        Moment { volume: self.spec.name.to_string(), values: self.values.clone(), allowed }
     }
 
     /// The bytes of a write.
     pub fn content(&self, offset: u64, len: u64, tag: Tag) -> Vec<u8> {
         let mut bytes = vec![0; len as usize];
         for (i, block) in bytes.chunks_mut(BLOCK as usize).enumerate() {
-            self.value(offset / BLOCK + i as u64, tag, block);
+            self.values.write(offset / BLOCK + i as u64, tag, block);
         }
         bytes
-    }
-
-    fn value_is(&self, index: usize, tag: Tag, found: &[u8]) -> bool {
-        let mut block = [0; BLOCK as usize];
-        self.value(index as u64, tag, &mut block);
-        block == found
-    }
-
-    fn value(&self, index: u64, tag: Tag, block: &mut [u8]) {
-        block.fill(0);
-        match tag {
-            SNAPSHOT => {
-                let Some(image) = &self.image else { return };
-                let at = (index * BLOCK) as usize;
-                if let Some(bytes) = image.bytes.get(at..at + BLOCK as usize) {
-                    block.copy_from_slice(bytes);
-                }
-            }
-            ZEROES => {}
-            write => SimRng::new(u64::from(write) << 32 | index).fill(block),
-        }
     }
 
     fn complaint(&self, when: &str, index: usize, found: &[u8], allowed: &[Entry]) -> String {
         let sector = &self.sectors[index];
         let known: Vec<Tag> = sector.log.iter().map(|entry| entry.tag).collect();
-        let is = [SNAPSHOT, ZEROES].into_iter().chain(known.clone()).find(|tag| self.value_is(index, *tag, found));
-        let what = match is {
-            Some(SNAPSHOT) => "the snapshot's content".to_owned(),
-            Some(ZEROES) => "zeroes".to_owned(),
-            Some(write) => format!("write {write}"),
-            None => format!("no value it ever had ({:02x?}...)", &found[..16]),
-        };
+        let what = self.values.name(index, &known, found);
         let allowed: Vec<Tag> = allowed.iter().map(|entry| entry.tag).collect();
         format!(
             "volume {:?} {when}: byte {} (chunk {}) holds {what}; allowed writes {allowed:?} (0 snapshot, 1 zeroes), \
@@ -297,6 +395,14 @@ impl VolumeModel {
             sector.durable
         )
     }
+}
+
+/// As it was found after a restart.
+fn settled_sector(allowed: &[Entry], tag: Tag, after: After) -> Sector {
+    let mut log = if after == After::PowerCut { Vec::new() } else { allowed.to_vec() };
+    log.push(Entry { tag, op: 0, acked: true });
+    let doubtful = (after == After::KillOnBadDisk && log.len() > 2).then(|| log.len() - 1);
+    Sector { log, durable: 0, busy: None, doubtful }
 }
 
 fn sectors(offset: u64, len: u64) -> std::ops::Range<usize> {

@@ -101,6 +101,19 @@ mutations! {
     place_before_its_bytes PlaceBeforeItsBytes
     lent_place_punched LentPlacePunched
     latest_deadline_first LatestDeadlineFirst
+    change_not_noted ChangeNotNoted
+    changes_since_cut_forgotten ChangesSinceCutForgotten
+    write_overtakes_capture WriteOvertakesCapture
+    cut_does_not_wait_for_writes CutDoesNotWaitForWrites
+    rollback_keeps_residency RollbackKeepsResidency
+    change_not_announced ChangeNotAnnounced
+    second_chunk_overtakes_capture SecondChunkOvertakesCapture
+    given_up_forgets_changes GivenUpForgetsChanges
+    checkpoint_forgets_changes CheckpointForgetsChanges
+    rollback_overtakes_fills RollbackOvertakesFills
+    condemned_packs_shared CondemnedPacksShared
+    collection_ignores_imports CollectionIgnoresImports
+    deletion_ignores_references DeletionIgnoresReferences
 }
 
 /// The same runs pass when no mutation is on: what catches is the bug and not the feature.

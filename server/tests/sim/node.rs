@@ -1,8 +1,9 @@
 //! A node on the simulator: an image in the object store, and the real journal and shards started as volleyd does.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use volley_server::cache::disk::DiskCacheConfig;
@@ -27,6 +28,9 @@ pub const STORES: [&str; 2] = ["a", "b"];
 /// A fetch goes on for this long, whatever the deadline of the guests that wait for it.
 const FETCH_DEADLINE: Duration = Duration::from_secs(20);
 const JOURNAL: &str = "/node/journal";
+const NODE: u128 = 7;
+/// As in the names of references.
+pub static NODE_ID: LazyLock<String> = LazyLock::new(|| format!("{NODE:032x}"));
 pub const CACHE: &str = "/node/cache";
 
 /// A snapshot in the object store and its content.
@@ -261,6 +265,18 @@ impl Node {
         all
     }
 
+    /// Names of the snapshots that volumes of any shard need.
+    pub async fn snapshots_needed(&self) -> Result<BTreeSet<String>> {
+        let mut needed = BTreeSet::new();
+        for commands in &self.commands {
+            let (reply, answer) = flume::bounded(1);
+            let stopping = || volley_server::error::Error::new(Status::ShuttingDown, "the shard is gone");
+            commands.send_async(Command::Stats { reply }).await.map_err(|_| stopping())?;
+            needed.extend(answer.recv_async().await.map_err(|_| stopping())?.snapshots_needed);
+        }
+        Ok(needed)
+    }
+
     /// Stops every shard in good order.
     pub async fn stop(&self) {
         let mut answers = Vec::new();
@@ -286,7 +302,7 @@ fn shard_config(settings: NodeSettings, shard: usize) -> ShardConfig {
     ShardConfig {
         shard,
         shards: settings.shards,
-        node_id: 7,
+        node_id: NODE,
         boot_id: 1,
         shard_map: (0..settings.shards).map(|k| format!("sim:{k}")).collect(),
         stores: STORES.iter().map(|label| store(label)).collect(),

@@ -4,27 +4,28 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use volley_server::error::Status;
 use volley_server::platform::Platform;
 use volley_server::platform::sim::{
-    CrashPoint, DiskOp, ObjectFaults, RunLimits, Sim, SimObjects, SimRng, SimStop, SimWorld,
+    CrashPoint, DiskOp, ObjectFaults, RunLimits, SimObjects, SimRng, SimStop, SimWorld,
 };
-use volley_server::shard::api::{Command, ConnectionId, Reply, Request};
 use volley_server::shard::harm::HarmConfig;
-use volley_server::types::{HydrationRate, VolumeSpec};
 
+use crate::control::Control;
 use crate::disk_cache::{self, Dice, Tally};
-use crate::guest::{Excuses, Guests, VolumeRc};
+use crate::guest::{Excuses, Guests};
 use crate::inspector;
-use crate::model::{After, BLOCK, Existence};
+use crate::judge::{hydrate, judge_deleted, judge_names, judge_volume, read_all};
+use crate::model::{After, BLOCK};
 use crate::node::{self, Node, NodeSettings, make_child, make_directories, make_snapshot};
 use crate::report::Report;
+use crate::snapshots::{self, Snapshots};
 
 const LIVES: u64 = 4;
 const GUESTS: u64 = 6;
 const REQUESTS: u64 = 40;
-/// The connection of the judge: no guest has this one.
-const JUDGE: ConnectionId = ConnectionId(u64::MAX);
+/// Of a seed with snapshots: whoever gives orders about them, and how many.
+const OPERATORS: u64 = 2;
+const ORDERS: u64 = 6;
 /// A hundred times what the longest life takes: beyond, it hangs.
 pub const LIMITS: RunLimits = RunLimits { steps: 300_000, virtual_time: Duration::from_secs(3600) };
 
@@ -89,7 +90,9 @@ pub fn seed(seed: u64) -> (u64, Report) {
 
 impl Run {
     fn new(seed: u64) -> Run {
-        Run::prepare(seed, None, format!("tools/sim --seed {seed}"))
+        let run = Run::prepare(seed, None, format!("tools/sim --seed {seed}"));
+        run.guests.snapshots_taken.on.set(snapshots::take_part(seed));
+        run
     }
 
     /// A machine with snapshots and nothing else; the power fails at durable point `crash` from here on. `replay` is the
@@ -108,7 +111,8 @@ impl Run {
         let first = make_snapshot(&objects, &mut rng, "image-0", first);
         let other = make_snapshot(&objects, &mut rng, "image-1", other);
         let child = make_child(&objects, &mut rng, "image-2", &first);
-        let guests = Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child]));
+        let guests =
+            Rc::new(Guests::new(SimRng::stream(seed, "guests"), vec![first, other, child], Snapshots::new(seed)));
         let diary = Diary { replay, lives: Vec::new() };
         let (cache_dice, base_dice) = (Dice::new(seed), SimRng::stream(seed, "base"));
         let harm_rng = SimRng::stream(seed, "harm");
@@ -287,7 +291,15 @@ impl Run {
             }
         };
         let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS));
-        futures::join!(join_all(guests), stopper);
+        let control = Control::new(&sim, &node, &self.objects, &self.guests);
+        futures::join!(join_all(guests), self.operate(&control, ORDERS), stopper);
+    }
+
+    /// Orders about snapshots, where the seed has them.
+    async fn operate(&self, control: &Control, orders: u64) {
+        if self.guests.snapshots_taken.on.get() {
+            join_all((0..OPERATORS).map(|_| control.run(orders))).await;
+        }
     }
 
     /// Reads everything on a copy of the machine and compares it with the model; the machine itself is not touched.
@@ -321,6 +333,8 @@ impl Run {
         }
         let twice = self.objects.stats().overlapping;
         assert!(twice == 0 || self.hedges(), "{when}: {twice} times a chunk was fetched twice at the same time");
+        self.guests.snapshots_taken.judge(&self.objects);
+        self.guests.snapshots_taken.let_time_pass();
     }
 
     /// Everything works: hydrate all, compare, stop, and compare the files.
@@ -336,7 +350,8 @@ impl Run {
             let _tally = Tally { node: node.clone(), guests: self.guests.clone() };
             inspector::watch(&self.world, self.seed, &node, &self.guests);
             let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS / 4));
-            join_all(guests).await;
+            let control = Control::new(&sim, &node, &self.objects, &self.guests);
+            futures::join!(join_all(guests), self.operate(&control, ORDERS));
             let volumes = self.guests.volumes.borrow().clone();
             for volume in &volumes {
                 hydrate(&node, volume).await;
@@ -352,124 +367,15 @@ impl Run {
             let mut volume = volume.borrow_mut();
             let mut bytes = self.world.file_bytes(&node::volume_path(&volume.spec)).expect("a volume file");
             bytes.truncate(volume.spec.size_bytes as usize);
-            volume.settle(&bytes, After::PowerCut).unwrap_or_else(|complaint| panic!("raw file: {complaint}"));
-            assert!(states.iter().any(|s| s.spec.id == volume.spec.id && s.hydrated), "hydrated for good");
+            let state = states.iter().find(|s| s.spec.id == volume.spec.id && s.hydrated).expect("hydrated for good");
+            let source = state.spec.snapshot.as_ref().map(|snapshot| &*snapshot.name);
+            let settled = volume.settle(&bytes, After::PowerCut, source);
+            settled.unwrap_or_else(|complaint| panic!("raw file: {complaint}"));
         }
+        self.guests.snapshots_taken.judge(&self.objects);
     }
 
     fn tail(&self) -> String {
         self.world.trace_lines().join("\n")
     }
-}
-
-/// Every volume that is there was asked for, by that name.
-async fn judge_names(node: &Node, guests: &Guests) {
-    for status in node.volumes().await {
-        let asked_for = guests.volumes.borrow().iter().any(|volume| {
-            let volume = volume.borrow();
-            volume.spec.name.as_ref() == status.name && volume.spec.size_bytes == status.size_bytes
-        });
-        assert!(asked_for, "nobody created this: {status:?}");
-    }
-}
-
-/// A deletion that was answered is for good, and its file is gone too.
-async fn judge_deleted(sim: &Sim, node: &Node, spec: &VolumeSpec) {
-    let name = spec.name.to_string();
-    let status = node.command(&name, |reply| Command::VolumeStatus { name: name.clone(), reply }).await;
-    assert_eq!(status.map(|_| ()).map_err(|e| e.status), Err(Status::UnknownVolume), "{name} was deleted and is back");
-    let file = node::volume_path(spec);
-    for path in [file.with_extension("deleted"), file] {
-        assert!(sim.peek(&path, 0, 1).is_err(), "{name} was deleted, but {} is there", path.display());
-    }
-}
-
-/// Whether the volume is there; if so its content is judged.
-async fn judge_volume(node: &Node, volume: &VolumeRc, after: After) -> bool {
-    let (name, existence) = (volume.borrow().spec.name.to_string(), volume.borrow().existence);
-    let status = match node.command(&name, |reply| Command::VolumeStatus { name: name.clone(), reply }).await {
-        Ok(status) => status,
-        Err(error) => {
-            assert!(error.status == Status::UnknownVolume && existence != Existence::Sure, "{name}: {error:?}");
-            return false;
-        }
-    };
-    if volume.borrow().hydrated {
-        assert!(status.hydrated, "{name} was hydrated for good");
-    }
-    check_durable_fetches(node, volume).await;
-    let bytes = read_bytes(node, volume).await;
-    check_holes(node, volume, &bytes).await;
-    let mut volume = volume.borrow_mut();
-    volume.settle(&bytes, after).unwrap_or_else(|complaint| panic!("{complaint}"));
-    if after == After::PowerCut {
-        // After a mere kill what was found may rest on journal records that a power cut can still take.
-        volume.existence = Existence::Sure;
-    }
-    volume.attached = false;
-    volume.attaching = 0;
-    true
-}
-
-async fn check_durable_fetches(node: &Node, volume: &VolumeRc) {
-    let (id, ranges) = (volume.borrow().spec.id, volume.borrow().fetched_durably.clone());
-    for (offset, len) in &ranges {
-        let request = Request::Residency { volume: id, offset: *offset, len: *len };
-        let Ok(Reply::Residency { extents, .. }) = node.request(0, JUDGE, request).await else {
-            panic!("no residency")
-        };
-        assert!(extents.iter().all(|e| e.resident), "{offset}+{len} was fetched durably, but is absent: {extents:?}");
-    }
-}
-
-/// What is called a hole reads as zeroes: copying clients don't read it.
-async fn check_holes(node: &Node, volume: &VolumeRc, bytes: &[u8]) {
-    let id = volume.borrow().spec.id;
-    let mut at = 0;
-    while at < bytes.len() {
-        let request = Request::Residency { volume: id, offset: at as u64, len: (bytes.len() - at) as u64 };
-        let Ok(Reply::Residency { extents, .. }) = node.request(0, JUDGE, request).await else {
-            panic!("no residency")
-        };
-        assert!(!extents.is_empty(), "no extents from {at}");
-        for extent in extents {
-            let end = at + extent.len_bytes as usize;
-            assert!(!extent.hole || bytes[at..end].iter().all(|b| *b == 0), "a hole at {at}..{end} has data");
-            at = end;
-        }
-    }
-}
-
-/// Attaches and reads the whole volume, without a fault in sight.
-async fn read_bytes(node: &Node, volume: &VolumeRc) -> Vec<u8> {
-    let (name, size) = (volume.borrow().spec.name.to_string(), volume.borrow().spec.size_bytes);
-    let attach = Request::Attach { name: name.clone(), resume_generation: None };
-    let Ok(Reply::Attached(info)) = node.request(0, JUDGE, attach).await else { panic!("{name} can't be attached") };
-    assert!(info.generation > volume.borrow().generation, "{name}: generation {} again", info.generation);
-    let mut bytes = Vec::new();
-    while (bytes.len() as u64) < size {
-        let (offset, len) = (bytes.len() as u64, (size - bytes.len() as u64).min(100 * BLOCK) as u32);
-        let read = Request::Read { volume: info.volume, generation: info.generation, offset, len };
-        match node.request(1, JUDGE, read).await {
-            Ok(Reply::Data(data)) => bytes.extend_from_slice(&data),
-            other => panic!("{name}: read of {len} bytes at {offset}: {other:?}"),
-        }
-    }
-    bytes
-}
-
-async fn hydrate(node: &Node, volume: &VolumeRc) {
-    let name = volume.borrow().spec.name.to_string();
-    let rate = HydrationRate::Unlimited;
-    node.command(&name, |reply| Command::SetRate { name: name.clone(), rate, reply }).await.expect("a rate");
-    let wait = |reply| Command::WaitHydrated { name: name.clone(), timeout_ms: 600_000, reply };
-    let status = node.command(&name, wait).await.expect("a healthy volume hydrates");
-    assert!(status.hydrated && status.remaining_bytes == 0, "{status:?}");
-    volume.borrow_mut().hydrated = true;
-}
-
-async fn read_all(node: &Node, volume: &VolumeRc) {
-    let start = volume.borrow().begin_read(0, volume.borrow().spec.size_bytes);
-    let bytes = read_bytes(node, volume).await;
-    volume.borrow().check_read(&start, &bytes).unwrap_or_else(|complaint| panic!("hydrated: {complaint}"));
 }

@@ -143,6 +143,12 @@ impl SimObjects {
         self.state.borrow().objects.get(key).map(|data| data.to_vec())
     }
 
+    /// Keys that begin like this, sorted, without time or faults.
+    #[must_use]
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        self.state.borrow().objects.keys().filter(|key| key.starts_with(prefix)).cloned().collect()
+    }
+
     /// The way to the store and its verdict on the request.
     async fn request(&self, op: &str, key: &str) -> Result<(), ObjectError> {
         let (latency, fails) = {

@@ -52,6 +52,19 @@ pub struct CutVolume {
     pub stall: Duration,
 }
 
+impl CutVolume {
+    /// Whether nothing that the snapshot was prepared with, `then`, has changed. `now` was asked for after the cut: until
+    /// that ends, nobody replaces the volume.
+    #[must_use]
+    pub fn fits(&self, then: &VolumeLineage, now: &VolumeLineage) -> bool {
+        let builds_on_the_same = match self.known {
+            true => self.base == then.lineage.base,
+            false => now.source == then.source && (now.hydrated || !then.hydrated),
+        };
+        self.volume == then.id && now.size_bytes == then.size_bytes && builds_on_the_same
+    }
+}
+
 impl VolumeLineage {
     /// Chunks of the device.
     #[must_use]

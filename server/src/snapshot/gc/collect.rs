@@ -13,6 +13,7 @@ use super::condemned::{self, Condemnation};
 use super::mark::{Depth, Live, Mark, mark};
 use super::rewrite::{self, Rewritten};
 use super::{ABANDONED_MS, Clock, OpenImport, open_imports, references};
+use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectMeta, ObjectStore};
 use crate::snapshot::deletion::{self, Outcome};
 use crate::snapshot::{CatalogError, PACK_PREFIX, catalog, import_key, marker, parse_pack_key};
@@ -227,7 +228,7 @@ impl Seen {
         }
         let may_use = |import: &&OpenImport| all.iter().any(|condemned| condemned.imports.contains(import));
         let imports: Vec<String> = self.open.iter().filter(may_use).map(|import| import.name.clone()).collect();
-        if !imports.is_empty() {
+        if !imports.is_empty() && !mutation::on(Mutation::CollectionIgnoresImports) {
             return Verdict::WaitForImports { imports };
         }
         let mut nodes: Vec<String> = all.iter().flat_map(|condemned| self.readers(condemned)).cloned().collect();

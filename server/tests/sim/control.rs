@@ -1,0 +1,364 @@
+//! The control thread of a node in the simulation: it takes snapshots, makes volumes of them and rolls volumes back, in the
+//! order of `server/src/control`, and deletes and collects as the tools do.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures::future::{Either, join_all, select};
+use futures::lock::Mutex;
+use volley_server::error::{Error, Result, Status};
+use volley_server::object_store::{ObjectError, ObjectStore};
+use volley_server::platform::Platform;
+use volley_server::platform::sim::{Sim, SimObjects};
+use volley_server::shard::api::{Command, FetchUntil, Request, VolumeLineage};
+use volley_server::snapshot::claim::ClaimError;
+use volley_server::snapshot::deletion::{self, Outcome};
+use volley_server::snapshot::diff::differing;
+use volley_server::snapshot::gc::{GcOptions, collect};
+use volley_server::snapshot::{CatalogError, Manifest, REFERENCE_PREFIX, catalog, reference_key};
+use volley_server::types::SnapshotRef;
+
+use crate::guest::{Guests, Session, VolumeRc};
+use crate::lifecycle::VOLUMES_MAX;
+use crate::model::{BLOCK, Existence, VolumeModel};
+use crate::node::{CHUNK_BYTES, NODE_ID, Node, Snapshot, volume_spec};
+use crate::patient::{Patient, SimClock};
+use crate::snapshots::{NAMES, State};
+
+/// Older ones are deleted when there are so many.
+const SNAPSHOTS_MAX: usize = 5;
+
+/// Of one life.
+pub struct Control {
+    pub sim: Sim,
+    pub node: Rc<Node>,
+    pub guests: Rc<Guests>,
+    pub store: Patient,
+    /// Whoever makes or needs references, one at a time: the names of those that are there.
+    references: Mutex<RefCell<BTreeSet<String>>>,
+}
+
+impl Control {
+    pub fn new(sim: &Sim, node: &Rc<Node>, objects: &SimObjects, guests: &Rc<Guests>) -> Control {
+        Control {
+            sim: sim.clone(),
+            node: node.clone(),
+            guests: guests.clone(),
+            store: Patient { objects: objects.clone(), sim: sim.clone() },
+            references: Mutex::default(),
+        }
+    }
+
+    pub fn below(&self, bound: u64) -> u64 {
+        self.guests.snapshots_taken.below(bound)
+    }
+
+    pub fn clock(&self) -> SimClock {
+        SimClock { sim: self.sim.clone(), forward_ms: self.guests.snapshots_taken.forward_ms.get() }
+    }
+
+    pub async fn pause(&self, micros_max: u64) {
+        let pause = Duration::from_micros(self.below(micros_max));
+        self.sim.sleep(pause).await;
+    }
+
+    /// So many orders of operators, one after the other.
+    pub async fn run(&self, orders: u64) {
+        for _ in 0..orders {
+            if self.guests.stopping.get() {
+                return;
+            }
+            self.pause(15_000).await;
+            self.any_order().await;
+            if self.below(2) == 0 {
+                self.done("references", self.reconcile().await);
+            }
+        }
+    }
+
+    async fn any_order(&self) {
+        let many = self.guests.snapshots_taken.known().len() > SNAPSHOTS_MAX;
+        match self.below(16) {
+            _ if many && self.below(2) == 0 => self.done("deletion", self.delete_one().await),
+            0..8 => self.done("snapshot", self.take().await),
+            8..10 => self.done("volume of a snapshot", self.create().await),
+            10..13 => self.done("rollback", self.roll_back().await),
+            13 => self.done("deletion", self.delete_one().await),
+            14 => {
+                self.done("deletion", self.delete_one().await);
+                self.done("collection", self.collect().await);
+            }
+            _ => self.done("collection", self.collect().await),
+        }
+    }
+
+    /// Counts it, or panics unless this life has an excuse for the error.
+    fn done(&self, what: &str, result: Result<bool>) {
+        let error = match result {
+            Ok(true) => return self.guests.count(what),
+            Ok(false) => return,
+            Err(error) => error,
+        };
+        self.guests.count(format!("failed {what}"));
+        let excuses = self.guests.excuses.get();
+        let excused = match error.status {
+            // Others were at it, or came before.
+            Status::Conflict | Status::UnknownVolume | Status::UnknownSnapshot | Status::Busy => true,
+            Status::DeadlineExceeded | Status::ObjectStore | Status::Corrupt => excuses.object_store,
+            Status::Io => excuses.disk,
+            Status::NoSpace => excuses.no_space,
+            Status::ShuttingDown => self.guests.stopping.get(),
+            _ => false,
+        };
+        assert!(excused, "{what} failed without an excuse: {error:?}");
+    }
+
+    /// A volume that is there.
+    pub fn any_volume(&self) -> Option<VolumeRc> {
+        let volumes = self.guests.volumes.borrow();
+        let usable = |v: &&VolumeRc| v.borrow().existence == Existence::Sure && !v.borrow().is_rolling();
+        let known: Vec<&VolumeRc> = volumes.iter().filter(usable).collect();
+        Some(Rc::clone(known.get(self.below(known.len() as u64) as usize)?))
+    }
+
+    /// A snapshot that is there, or an image, of this size at most.
+    fn any_snapshot(&self, size_max: u64) -> Option<Snapshot> {
+        let mut all = self.guests.snapshots_taken.known();
+        if all.is_empty() || self.below(4) == 0 {
+            all = self.guests.snapshots.clone();
+        }
+        all.retain(|snapshot| snapshot.image.bytes.len() as u64 <= size_max);
+        Some(all.get(self.below(all.len() as u64) as usize)?.clone())
+    }
+
+    pub async fn lineage(&self, name: &str) -> Result<VolumeLineage> {
+        self.node.command(name, |reply| Command::Lineage { name: name.to_owned(), reply }).await
+    }
+
+    /// The manifest of just this snapshot, if it is still there.
+    pub async fn manifest_of(&self, snapshot: &SnapshotRef) -> Result<Option<Manifest>> {
+        match catalog::load(&self.store, &snapshot.name).await {
+            Ok(manifest) => Ok(Some(manifest).filter(|manifest| manifest.id == snapshot.id)),
+            Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => Ok(None),
+            Err(e) => Err(of_catalog(&e)),
+        }
+    }
+
+    /// Makes sure that the snapshot stays; then it is there, or it is not and never comes back.
+    async fn hold(&self, held: &RefCell<BTreeSet<String>>, snapshot: &SnapshotRef) -> Result<Manifest> {
+        let name = snapshot.name.to_string();
+        if name.starts_with(NAMES) && !held.borrow().contains(&name) {
+            self.store.put(&reference_key(&name, &NODE_ID), b"").await.map_err(of_store)?;
+            held.borrow_mut().insert(name.clone());
+        }
+        let intention = deletion::intention(&self.store, &name).await.map_err(of_store)?;
+        let manifest = self.manifest_of(snapshot).await?;
+        let stays = |manifest: &Manifest| intention.is_none_or(|i| !deletion::concerns(&i, manifest.id));
+        manifest.filter(stays).ok_or_else(|| Error::new(Status::UnknownSnapshot, format!("{name} is deleted")))
+    }
+
+    /// Makes the references equal to what volumes need.
+    async fn reconcile(&self) -> Result<bool> {
+        let references = self.references.lock().await;
+        let listed = self.store.list(REFERENCE_PREFIX).await.map_err(of_store)?;
+        let suffix = format!("/{}", *NODE_ID);
+        let name = |key: &str| Some(key.strip_prefix(REFERENCE_PREFIX)?.strip_suffix(&suffix)?.to_owned());
+        let held: BTreeSet<String> = listed.iter().filter_map(|object| name(&object.key)).collect();
+        *references.borrow_mut() = held.clone();
+        let mut needed = self.node.snapshots_needed().await?;
+        for volume in &*self.guests.volumes.borrow() {
+            // Whether it is there is known after a restart.
+            if volume.borrow().existence != Existence::Sure {
+                needed.extend(volume.borrow().may_need().map(|name| name.to_string()));
+            }
+        }
+        needed.retain(|name| name.starts_with(NAMES));
+        if let Some(missing) = needed.difference(&held).next() {
+            panic!("nobody holds snapshot {missing:?}, which a volume needs");
+        }
+        for name in held.difference(&needed) {
+            references.borrow_mut().remove(name);
+            self.store.delete(&reference_key(name, &NODE_ID)).await.map_err(of_store)?;
+        }
+        Ok(true)
+    }
+
+    /// A volume of a snapshot that was taken, as large or larger.
+    async fn create(&self) -> Result<bool> {
+        if self.guests.volumes.borrow().len() >= VOLUMES_MAX {
+            return Ok(false);
+        }
+        let known = self.guests.snapshots_taken.known();
+        let Some(snapshot) = known.get(self.below(known.len() as u64) as usize) else { return Ok(false) };
+        let references = self.references.lock().await;
+        self.hold(&references, &snapshot.reference).await?;
+        let name = format!("vm-{}", self.guests.next_name.replace(self.guests.next_name.get() + 1));
+        let longer = self.below(2) * self.below(300) * BLOCK;
+        let size = snapshot.image.bytes.len() as u64 + longer;
+        let spec = volume_spec(&mut self.guests.snapshots_taken.rng.borrow_mut(), &name, size, Some(snapshot));
+        let model = VolumeModel::new(spec.clone(), Some(snapshot.image.clone()));
+        self.guests.create_all(&self.node, vec![spec], vec![Rc::new(RefCell::new(model))]).await;
+        Ok(true)
+    }
+
+    /// A volume goes back to a snapshot, attached or not, while guests write and chunks come.
+    async fn roll_back(&self) -> Result<bool> {
+        let Some(volume) = self.any_volume() else { return Ok(false) };
+        let (name, id, size) = {
+            let spec = &volume.borrow().spec;
+            (spec.name.to_string(), spec.id, spec.size_bytes)
+        };
+        let Some(target) = self.any_snapshot(size) else { return Ok(false) };
+        let references = self.references.lock().await;
+        let manifest = self.hold(&references, &target.reference).await?;
+        let lineage = self.lineage(&name).await?;
+        let base = match &lineage.lineage.base {
+            Some(base) => self.manifest_of(base).await?,
+            None => None,
+        };
+        let differs = match (&base, &lineage.lineage.base) {
+            (None, Some(_)) => (0..lineage.chunks()).collect(),
+            _ => differing(base.as_ref(), &manifest, lineage.chunks()).collect(),
+        };
+        let (snapshot, base) = (target.reference.clone(), lineage.lineage.base);
+        // Others may have come before.
+        let free = volume.borrow().existence == Existence::Sure && volume.borrow().attaching == 0;
+        if !free || volume.borrow().is_rolling() {
+            return Ok(false);
+        }
+        let fetches: Vec<(u64, u64)> = (0..self.below(4)).map(|_| (self.below(size / BLOCK) * BLOCK, BLOCK)).collect();
+        let delay = self.below(8) * self.below(1000);
+        let fetch = async |(offset, len): (u64, u64)| {
+            let fetch = Request::PriorityFetch { volume: id, offset, len, until: FetchUntil::Resident };
+            drop(self.guests.send(&self.node, self.guests.new_connection(), fetch).await);
+        };
+        let rolled = async {
+            self.sim.sleep(Duration::from_micros(delay)).await;
+            if volume.borrow().existence != Existence::Sure || volume.borrow().attaching > 0 {
+                return Err(Error::new(Status::Conflict, "somebody attaches"));
+            }
+            volume.borrow_mut().begin_rollback(snapshot.name.clone(), target.image.clone());
+            let roll_back =
+                |reply| Command::RollBack { name: name.clone(), snapshot, base, differs, force: true, reply };
+            let rolled = self.node.command(&name, roll_back).await;
+            let mut model = volume.borrow_mut();
+            match &rolled {
+                Ok(()) => model.rolled_back(),
+                Err(e) if matches!(e.status, Status::Conflict | Status::UnknownVolume) => model.rollback_refused(),
+                Err(_) => model.rollback_in_doubt(),
+            }
+            rolled
+        };
+        let (rolled, _) = futures::join!(rolled, join_all(fetches.into_iter().map(fetch)));
+        drop(references);
+        rolled?;
+        if self.below(2) == 0 {
+            self.use_at_once(&volume).await;
+        }
+        Ok(true)
+    }
+
+    /// The first thing after a rollback: what was under way before must not come through.
+    async fn use_at_once(&self, volume: &VolumeRc) {
+        self.guests.attach(&self.node, volume).await;
+        if !volume.borrow().attached {
+            return;
+        }
+        let session = Session::of(volume);
+        let writes = (0..4).map(|_| self.guests.write(&self.node, &session));
+        join_all(writes).await;
+        let size = session.model.borrow().spec.size_bytes;
+        let part = size.min(8 * u64::from(CHUNK_BYTES));
+        let offset = self.below((size - part) / BLOCK + 1) * BLOCK;
+        self.guests.read_from(&self.node, &session, (offset, part)).await;
+    }
+
+    async fn delete_one(&self) -> Result<bool> {
+        let known = self.guests.snapshots_taken.known();
+        let Some(snapshot) = known.get(self.below(known.len() as u64) as usize) else { return Ok(false) };
+        self.delete(&snapshot.reference.name, self.below(2) == 0).await
+    }
+
+    pub async fn delete(&self, name: &str, when_unused: bool) -> Result<bool> {
+        let snapshots = &self.guests.snapshots_taken;
+        snapshots.set(name, State::Leaving);
+        match deletion::delete(&self.store, &self.clock(), name, when_unused).await {
+            Ok(Outcome::Deleted(_)) => {
+                snapshots.deleted(name);
+                Ok(true)
+            }
+            Ok(Outcome::WhenUnused { .. }) => Ok(true),
+            Err(CatalogError::Referenced { .. }) => {
+                // Refused before anything was done.
+                snapshots.set(name, State::Sure);
+                Ok(false)
+            }
+            Err(error) => Err(of_catalog(&error)),
+        }
+    }
+
+    /// A collection, which may be stopped at any moment.
+    async fn collect(&self) -> Result<bool> {
+        let snapshots = &self.guests.snapshots_taken;
+        let grace = Duration::from_millis([0, 0, 30, 500][self.below(4) as usize]);
+        let drop_import = match self.below(3) {
+            0 => snapshots.interrupted.borrow_mut().pop(),
+            _ => None,
+        };
+        let options = GcOptions { grace, drop_import, ..GcOptions::default() };
+        let (clock, patience) = (self.clock(), Duration::from_micros(self.below(400_000)));
+        let dies = self.below(3) == 0;
+        let collected = {
+            let collection = collect(&self.store, &clock, &options);
+            match dies {
+                true => match select(pin!(collection), pin!(self.sim.sleep(patience))).await {
+                    Either::Left((collected, _)) => collected,
+                    Either::Right(_) => {
+                        self.guests.count("collection cut short");
+                        return Ok(false);
+                    }
+                },
+                false => collection.await,
+            }
+        };
+        snapshots.check_packs(&self.store.objects);
+        match collected {
+            Ok(report) => {
+                report.snapshots_deleted.iter().for_each(|name| snapshots.deleted(name));
+                self.guests.count_many("pack removed", report.packs_removed);
+                self.guests.count_many("pack condemned", report.packs_condemned);
+                Ok(true)
+            }
+            // Its marker was never put, or is gone already.
+            Err(CatalogError::NoImport(_)) => Ok(false),
+            Err(error) => Err(of_catalog(&error)),
+        }
+    }
+}
+
+pub fn of_store(error: ObjectError) -> Error {
+    let status = if matches!(error, ObjectError::Corrupt(_)) { Status::Corrupt } else { Status::ObjectStore };
+    Error::new(status, error.to_string())
+}
+
+pub fn of_catalog(error: &CatalogError) -> Error {
+    let status = match error {
+        CatalogError::Unknown(_) | CatalogError::Incomplete(_) => Status::UnknownSnapshot,
+        CatalogError::Announced { .. } | CatalogError::Rewriting(_) => Status::Conflict,
+        CatalogError::Store(_) => Status::ObjectStore,
+        _ => Status::Corrupt,
+    };
+    Error::new(status, error.to_string())
+}
+
+pub fn of_claim(error: &ClaimError) -> Error {
+    let status = match error {
+        ClaimError::Store(_) => Status::ObjectStore,
+        ClaimError::Marker(_) => Status::Corrupt,
+        ClaimError::NameTaken(_) | ClaimError::Interfered(_) => Status::Conflict,
+    };
+    Error::new(status, error.to_string())
+}
