@@ -104,9 +104,9 @@ pub struct SnapshotConfig {
     pub bandwidth: Bandwidth,
     /// What guests overwrite while a snapshot still needs it may take so much of each store; then the snapshot is given up.
     pub staging_bytes: ByteSize,
-    /// What the scrub reads of volumes each second; 0: there is none.
+    /// What the scrub reads of volumes and the disk cache each second; 0: there is none.
     pub scrub_bandwidth: ByteSize,
-    /// Between two rounds of the scrub over all volumes.
+    /// Between two rounds of the scrub.
     pub scrub_pause: Span,
 }
 

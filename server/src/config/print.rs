@@ -125,8 +125,8 @@ bandwidth = "{snapshot_bandwidth}"
 # What guests overwrite while a snapshot still needs it is put aside, up to so much in each store; beyond it the snapshot is
 # given up, never a guest's write.
 staging_bytes = "{staging_bytes}"
-# Volumes are read from their disks in the background and held against what they should hold; what rotted is put back. Bytes per
-# second ("0": not at all), and the pause between two rounds over all volumes.
+# Volumes and the disk cache are read in the background and held against what they should hold; what rotted is put back, or
+# dropped from the cache. Bytes per second ("0": not at all), and the pause between two rounds.
 scrub_bandwidth = "{scrub_bandwidth}"
 scrub_pause = "{scrub_pause}"
 

@@ -10,6 +10,7 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use crate::cache::ChunkData;
+use crate::cache::disk::scrub::Scrubbed;
 use crate::error::Result;
 use crate::histogram::HistogramCounts;
 use crate::shard::changes::ChunkSet;
@@ -306,6 +307,13 @@ pub enum Command {
     DropCache {
         snapshot: SnapshotRef,
         reply: ReplyTo<Result<Dropped>>,
+    },
+    /// Reads chunks of the disk tier from slot `from` on, about so many bytes, and drops what is not what it should be. `None`:
+    /// there is no disk tier.
+    ScrubCache {
+        from: u32,
+        bytes_max: u64,
+        reply: ReplyTo<Option<Scrubbed>>,
     },
     /// Volumes of the snapshot hydrate these chunks first, in this order; with `prefetch` the shard fetches those that it
     /// owns into the cache now. Answered when it has begun. Empty: there is no set.

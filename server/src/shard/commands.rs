@@ -62,6 +62,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Command::WarmCache { snapshot, pin, reply } => drop(reply.send(self.warm_cache(&snapshot, pin).await)),
             Command::UnpinCache { image, reply } => drop(reply.send(self.unpin_image(&image))),
             Command::DropCache { snapshot, reply } => drop(reply.send(self.drop_cache(&snapshot).await)),
+            Command::ScrubCache { from, bytes_max, reply } => self.scrub_cache(from, bytes_max, reply),
             Command::UseBootSet { snapshot, chunks, prefetch, reply } => {
                 drop(reply.send(self.use_boot_set(&snapshot, &chunks, prefetch).await));
             }

@@ -23,6 +23,7 @@ mod one_get;
 mod recovery;
 mod reflink;
 mod s3;
+mod scrub;
 mod snapshots;
 mod storm;
 mod torture;

@@ -2,7 +2,6 @@
 //! them is restored and held against what the guest wrote.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -10,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use volley_client::{Client, Options};
 
-use crate::disk::{Disk, FileSystem};
+use crate::disk::{Disk, FileSystem, flip};
 use crate::faults::eventually;
 use crate::harness::{Node, NodeOptions, Site, number};
 use crate::image_file::{MIB, write_image};
@@ -169,18 +168,23 @@ impl Lab {
     }
 
     fn read(&self, node: &Node, volume: &str) -> Vec<u8> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        runtime.block_on(async {
-            let client = Client::connect(&node.data, Options::default()).await.expect("connect");
-            let volume = client.attach(volume).await.expect("attach");
-            let mut content = Vec::new();
-            while (content.len() as u64) < IMAGE_BYTES {
-                content.extend_from_slice(&volume.read(content.len() as u64, MIB as usize).await.expect("read"));
-            }
-            volume.detach().await.expect("detach");
-            content
-        })
+        read_volume(node, volume, IMAGE_BYTES)
     }
+}
+
+/// What a guest reads of a volume, whole MiBs.
+pub(crate) fn read_volume(node: &Node, volume: &str, bytes: u64) -> Vec<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(async {
+        let client = Client::connect(&node.data, Options::default()).await.expect("connect");
+        let volume = client.attach(volume).await.expect("attach");
+        let mut content = Vec::new();
+        while (content.len() as u64) < bytes {
+            content.extend_from_slice(&volume.read(content.len() as u64, MIB as usize).await.expect("read"));
+        }
+        volume.detach().await.expect("detach");
+        content
+    })
 }
 
 /// Snapshots of a volume whose guest writes all the time, each of which is the volume at one moment; half are deleted, and the others
@@ -326,15 +330,6 @@ fn a_volume_goes_back_is_cloned_grows_and_proves_what_it_is() {
     eventually("the scrub", || node.get("/metrics").contains("volley_scrub_repaired_chunks_total 1"));
     assert_eq!(lab.history.find(&lab.read(&node, "vm"), "vm"), end);
     assert!(node.stop().0.success());
-}
-
-fn flip(file: &Path, at: u64) {
-    use std::os::unix::fs::FileExt;
-    let file = std::fs::File::options().read(true).write(true).open(file).expect("the volume's file");
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).expect("read");
-    file.write_all_at(&[byte[0] ^ 1], at).expect("written");
-    file.sync_all().expect("synced");
 }
 
 /// The node's whole data directory is lost: a fresh node with the same object store has every snapshot, and volumes from them.
