@@ -56,7 +56,7 @@ impl Control {
     async fn scrub(&self, name: &str, bandwidth: u64) -> Answer<()> {
         let mut from = 0;
         loop {
-            let params = VerifyParams { from, chunks: Some(STEP_CHUNKS), repair: true };
+            let params = VerifyParams { from, chunks: Some(STEP_CHUNKS), repair: true, sectors: false };
             let found = self.verify(name, &params).await?;
             let looked_at = u64::from(found.equal + found.changed + found.unexplained + found.damaged);
             let scrubbed = &self.0.scrubbed;

@@ -376,6 +376,8 @@ pub enum Command {
         chunk: u32,
         len: u32,
         base: Option<SnapshotRef>,
+        /// Answer with what is in the volume, too.
+        content: bool,
         reply: ReplyTo<Result<CheckedChunk>>,
     },
     /// Puts what a chunk has in `base` back into it, unless a guest has written to it or changes count from another one by now.

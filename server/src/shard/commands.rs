@@ -78,8 +78,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.roll_back(&name, snapshot, base.as_ref(), &differs, force).await));
             }
             Command::Absent { name, max, reply } => drop(reply.send(self.absent(&name, max))),
-            Command::CheckChunk { volume, chunk, len, base, reply } => {
-                drop(reply.send(self.check_chunk(volume, chunk, len, base.as_ref()).await));
+            Command::CheckChunk { volume, chunk, len, base, content, reply } => {
+                drop(reply.send(self.check_chunk(volume, chunk, len, base.as_ref(), content).await));
             }
             Command::RepairChunk { volume, chunk, base, content, reply } => {
                 drop(reply.send(self.repair_chunk(volume, chunk, base.as_ref(), &content).await));

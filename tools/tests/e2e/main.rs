@@ -20,6 +20,7 @@ mod images;
 mod ledger;
 mod lifecycle;
 mod one_get;
+mod proof;
 mod recovery;
 mod reflink;
 mod s3;
