@@ -8,6 +8,7 @@ mod batches;
 mod blocks;
 mod boot_sets;
 mod cache;
+mod collecting;
 mod create;
 mod extract;
 mod http;
@@ -46,6 +47,7 @@ use crate::types::HydrationRate;
 use batches::Batches;
 use blocks::BlockTurns;
 use boot_sets::BootSets;
+use collecting::Collected;
 use manifests::Manifests;
 use place::Reasons;
 pub use place::{Measure, Space, measure};
@@ -74,6 +76,8 @@ pub struct Settings {
     pub scrub_bandwidth: Option<u64>,
     /// Between two rounds of it; `None`: a minute.
     pub scrub_pause: Option<Duration>,
+    /// So often the node collects garbage in the object store; `None`: never.
+    pub gc_every: Option<Duration>,
     pub stores: Vec<Store>,
     pub default_rate: HydrationRate,
     /// Of stores that have no ratio of their own.
@@ -102,6 +106,7 @@ struct Inner {
     batches: Batches,
     snapshotting: Snapshotting,
     scrubbed: Scrubbed,
+    collected: Collected,
     manifests: Manifests,
     block_turns: BlockTurns,
     uploads: Uploads,
@@ -126,6 +131,7 @@ impl Control {
             boot_sets: tokio::sync::Mutex::new(BootSets::default()),
             snapshotting: Snapshotting::default(),
             scrubbed: Scrubbed::default(),
+            collected: Collected::default(),
             http: Arc::default(),
         }))
     }
@@ -144,6 +150,7 @@ impl Control {
             () = self.keep_boot_sets() => {}
             () = self.keep_batches() => {}
             () = self.keep_scrubbing() => {}
+            () = self.keep_collecting() => {}
             () = self.keep_uploads() => {}
             () = &mut stop => {}
         }

@@ -129,6 +129,9 @@ staging_bytes = "{staging_bytes}"
 # dropped from the cache. Bytes per second ("0": not at all), and the pause between two rounds.
 scrub_bandwidth = "{scrub_bandwidth}"
 scrub_pause = "{scrub_pause}"
+# So often the node does what `volley snapshot gc` does: it carries out intended deletions, and condemns and removes packs that nothing
+# references. "0s": never. Several nodes may.
+gc_every = "{gc_every}"
 
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
@@ -168,6 +171,7 @@ corrupt_attempts = {corrupt_attempts}
         staging_bytes = snapshots.staging_bytes,
         scrub_bandwidth = snapshots.scrub_bandwidth,
         scrub_pause = snapshots.scrub_pause,
+        gc_every = snapshots.gc_every,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,
         deadline = retries.deadline,

@@ -13,6 +13,7 @@ mod disk;
 mod errors;
 mod faults;
 mod foreign;
+mod gc;
 mod harness;
 mod hostile;
 mod image_file;

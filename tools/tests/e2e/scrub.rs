@@ -9,7 +9,8 @@ use crate::snapshots::read_volume;
 const IMAGE_BYTES: u64 = 16 * MIB;
 const CACHE: &str = "[cache]\ndisk_bytes = \"64MiB\"\n";
 
-fn metric(node: &Node, name: &str) -> u64 {
+/// A metric without labels.
+pub(crate) fn metric(node: &Node, name: &str) -> u64 {
     let text = node.get("/metrics");
     let line = text.lines().find(|line| line.starts_with(&format!("volley_{name} ")));
     line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("no {name} in {text}"))

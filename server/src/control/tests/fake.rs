@@ -112,6 +112,7 @@ impl Node {
             snapshot_bandwidth: None,
             scrub_bandwidth: None,
             scrub_pause: None,
+            gc_every: None,
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
             overcommit: Overcommit::default(),
