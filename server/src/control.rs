@@ -45,7 +45,7 @@ use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
 use batches::Batches;
-use blocks::BlockTurns;
+use blocks::{BlockTally, BlockTurns, Operation};
 use boot_sets::BootSets;
 use collecting::Collected;
 use manifests::Manifests;
@@ -109,6 +109,7 @@ struct Inner {
     collected: Collected,
     manifests: Manifests,
     block_turns: BlockTurns,
+    block_tally: Arc<BlockTally>,
     uploads: Uploads,
     http: Arc<http::Tally>,
 }
@@ -121,6 +122,7 @@ impl Control {
             batches: Batches::load(&settings.data),
             manifests: Manifests::default(),
             block_turns: BlockTurns::default(),
+            block_tally: Arc::default(),
             uploads: Uploads::load(&settings.data),
             shards: Shards::new(&settings.commands),
             settings,
@@ -170,6 +172,21 @@ impl Control {
         stopped.await.map_err(|_| format!("the shards did not stop within {timeout:?}"))
     }
 
+    /// Blocks of snapshots, and uploads.
+    fn block_routes(&self) -> Router<Control> {
+        let counted = |operation, handlers| self.counted(operation, handlers);
+        let abandon = counted(Operation::Abandon, delete(uploads::abandon));
+        Router::new()
+            .route("/v1/snapshots/{name}/blocks", counted(Operation::List, get(blocks::list)))
+            .route("/v1/snapshots/{name}/blocks/{index}", counted(Operation::Read, get(blocks::show)))
+            .route("/v1/snapshots/{name}/changed", counted(Operation::Changed, get(blocks::changed)))
+            .route("/v1/snapshots/{name}/upload", counted(Operation::Start, post(uploads::start)))
+            .route("/v1/uploads", get(uploads::list))
+            .route("/v1/uploads/{id}", get(uploads::show).merge(abandon))
+            .route("/v1/uploads/{id}/blocks/{index}", counted(Operation::Put, put(uploads::put)))
+            .route("/v1/uploads/{id}/complete", counted(Operation::Complete, post(uploads::complete)))
+    }
+
     fn router(&self) -> Router {
         Router::new()
             .route("/healthz", get(node::health))
@@ -185,14 +202,7 @@ impl Control {
             .route("/v1/snapshot-tasks", get(snapshotting::list))
             .route("/v1/snapshot-tasks/{name}", get(snapshotting::show))
             .route("/v1/snapshots/{name}", get(snapshots::show))
-            .route("/v1/snapshots/{name}/blocks", get(blocks::list))
-            .route("/v1/snapshots/{name}/blocks/{index}", get(blocks::show))
-            .route("/v1/snapshots/{name}/changed", get(blocks::changed))
-            .route("/v1/snapshots/{name}/upload", post(uploads::start))
-            .route("/v1/uploads", get(uploads::list))
-            .route("/v1/uploads/{id}", get(uploads::show).delete(uploads::abandon))
-            .route("/v1/uploads/{id}/blocks/{index}", put(uploads::put))
-            .route("/v1/uploads/{id}/complete", post(uploads::complete))
+            .merge(self.block_routes())
             .route("/v1/volumes", get(volumes::list).post(create::create))
             .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::change))
             .route("/v1/place", post(place::place))
