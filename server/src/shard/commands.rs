@@ -67,6 +67,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.use_boot_set(&snapshot, &chunks, prefetch).await));
             }
             Command::PrefetchImage { snapshot, reply } => drop(reply.send(self.prefetch_image(&snapshot).await)),
+            Command::ForgetManifest { snapshot, reply } => {
+                self.0.manifests.forget(&snapshot);
+                let _ = reply.send(());
+            }
             Command::Lineage { name, reply } => drop(reply.send(self.lineage(&name))),
             Command::Freeze { names, cut, reply } => drop(reply.send(self.freeze(&names, cut).await)),
             Command::Cut { wanted, cut, reply } => drop(reply.send(self.cut(&wanted, cut))),

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use crate::faults::eventually;
-use crate::harness::{Node, NodeOptions, Site};
-use crate::image_file::{MIB, write_image};
+use crate::harness::{Node, NodeOptions, Site, number};
+use crate::image_file::{CHUNK, MIB, noise, write_image};
 use crate::scrub::metric;
+use crate::snapshots::read_volume;
 
 const IMAGE_BYTES: u64 = 8 * MIB;
 const HOUR_MS: u64 = 3_600_000;
@@ -88,4 +89,38 @@ fn nodes_carry_out_a_deletion_when_its_last_volume_has_gone_and_remove_the_packs
         assert!(status.success());
     }
     site.volley(&["check", &site.data().display().to_string()]).success();
+}
+
+/// A boot that is being recorded keeps the manifest that it began with, also when nobody needs the snapshot any more and its packs have been
+/// rewritten. The next volume must not be made by it.
+#[test]
+fn a_volume_that_is_made_after_a_rewrite_reads_the_packs_that_are_there() {
+    const BYTES: u64 = 12 * MIB;
+    let site = Site::new();
+    let path = site.path("image.raw");
+    write_image(&path, BYTES, 4);
+    site.import(&path, "monday");
+    let mut image = std::fs::read(&path).expect("the image");
+    for chunk in (0..BYTES / CHUNK).step_by(2) {
+        let at = (chunk * CHUNK) as usize;
+        image[at..at + 4096].copy_from_slice(&noise(chunk + 50, 4096));
+    }
+    std::fs::write(&path, &image).expect("changed");
+    site.import(&path, "tuesday");
+    let node = site.start_default();
+    node.volley(&site, &["volume", "create", "first", "--snapshot", "tuesday"]).success();
+    assert!(read_volume(&node, "first", MIB) == image[..MIB as usize], "its boot begins");
+    node.volley(&site, &["volume", "set", "first", "--rate", "unlimited"]).success();
+    node.wait_hydrated(&site, "first", "60s");
+    eventually("the end of the reference", || objects(&site, "refs").is_empty());
+    site.volley(&["image", "delete", "monday"]).success();
+    let text = site.volley(&["image", "gc", "--grace", "0s", "--rewrite-below", "100%", "--json"]).success();
+    let report: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(report["rewritten"]["snapshots"], serde_json::json!(["tuesday"]), "{report}");
+    assert!(number(&report, "packs_removed") > 0 && number(&report, "packs_waiting") == 0, "{report}");
+    node.volley(&site, &["cache", "drop", "tuesday"]).success();
+    node.volley(&site, &["volume", "create", "second", "--snapshot", "tuesday"]).success();
+    assert!(read_volume(&node, "second", BYTES) == image, "not the image");
+    let (status, _) = node.stop();
+    assert!(status.success());
 }

@@ -383,6 +383,7 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         Command::DropCache { reply, .. } => {
             drop(reply.send(Ok(Dropped { chunks_ram: 1, chunks_disk: 2 })));
         }
+        Command::ForgetManifest { reply, .. } => drop(reply.send(())),
         Command::ScrubCache { reply, .. } => drop(reply.send(None)),
         Command::UseBootSet { reply, .. } | Command::PrefetchImage { reply, .. } => drop(reply.send(Ok(()))),
         Command::TakeBoots { reply } => drop(reply.send(Vec::new())),
