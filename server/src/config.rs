@@ -104,10 +104,12 @@ pub struct SnapshotConfig {
     pub bandwidth: Bandwidth,
     /// What guests overwrite while a snapshot still needs it may take so much of each store; then the snapshot is given up.
     pub staging_bytes: ByteSize,
-    /// What the scrub reads of volumes each second; 0: there is none.
+    /// What the scrub reads of volumes and the disk cache each second; 0: there is none.
     pub scrub_bandwidth: ByteSize,
-    /// Between two rounds of the scrub over all volumes.
+    /// Between two rounds of the scrub.
     pub scrub_pause: Span,
+    /// So often the node collects garbage in the object store; 0s: never.
+    pub gc_every: Span,
 }
 
 impl Default for SnapshotConfig {
@@ -117,6 +119,7 @@ impl Default for SnapshotConfig {
             staging_bytes: ByteSize(10 << 30),
             scrub_bandwidth: ByteSize(0),
             scrub_pause: Span(Duration::from_secs(24 * 3600)),
+            gc_every: Span(Duration::ZERO),
         }
     }
 }
@@ -177,6 +180,8 @@ pub struct ConfigError(String);
 pub const CORES_MAX: usize = 1024;
 /// A shard that polls for longer hardly ever sleeps: nobody wants that by mistake.
 pub const IDLE_POLL_MAX: Duration = Duration::from_millis(10);
+/// A collection reads every manifest: nobody wants one more often.
+pub const GC_EVERY_MIN: Duration = Duration::from_secs(1);
 /// Label of the store that exists when none is configured.
 pub const DEFAULT_STORE_LABEL: &str = "default";
 
@@ -331,6 +336,13 @@ impl Config {
         self.cache.check()?;
         if let Some(Err(e)) = self.object_store.as_ref().map(|url| url.parse::<ObjectStoreUrl>()) {
             return fail(format!("object_store: {e}"));
+        }
+        let gc_every = self.snapshots.gc_every;
+        if !gc_every.0.is_zero() && gc_every.0 < GC_EVERY_MIN {
+            return fail(format!(
+                "snapshots.gc_every: {gc_every} is less than {}: write 0s for never",
+                Span(GC_EVERY_MIN)
+            ));
         }
         self.check_hydration()?;
         self.transfer.check()?;

@@ -8,6 +8,7 @@ mod batches;
 mod blocks;
 mod boot_sets;
 mod cache;
+mod collecting;
 mod create;
 mod extract;
 mod http;
@@ -44,8 +45,9 @@ use crate::shard::api::Command;
 use crate::types::HydrationRate;
 
 use batches::Batches;
-use blocks::BlockTurns;
+use blocks::{BlockTally, BlockTurns, Operation};
 use boot_sets::BootSets;
+use collecting::Collected;
 use manifests::Manifests;
 use place::Reasons;
 pub use place::{Measure, Space, measure};
@@ -74,6 +76,8 @@ pub struct Settings {
     pub scrub_bandwidth: Option<u64>,
     /// Between two rounds of it; `None`: a minute.
     pub scrub_pause: Option<Duration>,
+    /// So often the node collects garbage in the object store; `None`: never.
+    pub gc_every: Option<Duration>,
     pub stores: Vec<Store>,
     pub default_rate: HydrationRate,
     /// Of stores that have no ratio of their own.
@@ -102,8 +106,10 @@ struct Inner {
     batches: Batches,
     snapshotting: Snapshotting,
     scrubbed: Scrubbed,
+    collected: Collected,
     manifests: Manifests,
     block_turns: BlockTurns,
+    block_tally: Arc<BlockTally>,
     uploads: Uploads,
     http: Arc<http::Tally>,
 }
@@ -116,6 +122,7 @@ impl Control {
             batches: Batches::load(&settings.data),
             manifests: Manifests::default(),
             block_turns: BlockTurns::default(),
+            block_tally: Arc::default(),
             uploads: Uploads::load(&settings.data),
             shards: Shards::new(&settings.commands),
             settings,
@@ -126,6 +133,7 @@ impl Control {
             boot_sets: tokio::sync::Mutex::new(BootSets::default()),
             snapshotting: Snapshotting::default(),
             scrubbed: Scrubbed::default(),
+            collected: Collected::default(),
             http: Arc::default(),
         }))
     }
@@ -144,6 +152,7 @@ impl Control {
             () = self.keep_boot_sets() => {}
             () = self.keep_batches() => {}
             () = self.keep_scrubbing() => {}
+            () = self.keep_collecting() => {}
             () = self.keep_uploads() => {}
             () = &mut stop => {}
         }
@@ -163,6 +172,21 @@ impl Control {
         stopped.await.map_err(|_| format!("the shards did not stop within {timeout:?}"))
     }
 
+    /// Blocks of snapshots, and uploads.
+    fn block_routes(&self) -> Router<Control> {
+        let counted = |operation, handlers| self.counted(operation, handlers);
+        let abandon = counted(Operation::Abandon, delete(uploads::abandon));
+        Router::new()
+            .route("/v1/snapshots/{name}/blocks", counted(Operation::List, get(blocks::list)))
+            .route("/v1/snapshots/{name}/blocks/{index}", counted(Operation::Read, get(blocks::show)))
+            .route("/v1/snapshots/{name}/changed", counted(Operation::Changed, get(blocks::changed)))
+            .route("/v1/snapshots/{name}/upload", counted(Operation::Start, post(uploads::start)))
+            .route("/v1/uploads", get(uploads::list))
+            .route("/v1/uploads/{id}", get(uploads::show).merge(abandon))
+            .route("/v1/uploads/{id}/blocks/{index}", counted(Operation::Put, put(uploads::put)))
+            .route("/v1/uploads/{id}/complete", counted(Operation::Complete, post(uploads::complete)))
+    }
+
     fn router(&self) -> Router {
         Router::new()
             .route("/healthz", get(node::health))
@@ -178,14 +202,7 @@ impl Control {
             .route("/v1/snapshot-tasks", get(snapshotting::list))
             .route("/v1/snapshot-tasks/{name}", get(snapshotting::show))
             .route("/v1/snapshots/{name}", get(snapshots::show))
-            .route("/v1/snapshots/{name}/blocks", get(blocks::list))
-            .route("/v1/snapshots/{name}/blocks/{index}", get(blocks::show))
-            .route("/v1/snapshots/{name}/changed", get(blocks::changed))
-            .route("/v1/snapshots/{name}/upload", post(uploads::start))
-            .route("/v1/uploads", get(uploads::list))
-            .route("/v1/uploads/{id}", get(uploads::show).delete(uploads::abandon))
-            .route("/v1/uploads/{id}/blocks/{index}", put(uploads::put))
-            .route("/v1/uploads/{id}/complete", post(uploads::complete))
+            .merge(self.block_routes())
             .route("/v1/volumes", get(volumes::list).post(create::create))
             .route("/v1/volumes/{name}", get(volumes::show).delete(volumes::delete).patch(volumes::change))
             .route("/v1/place", post(place::place))

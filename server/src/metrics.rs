@@ -19,7 +19,7 @@ use crate::shard::api::{ShardStats, StoreSharing, StoreStats};
 
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Name, kind, help text and value of a metric without labels.
+/// Name, kind, help text and value of a metric; the name may carry labels. Those of one name follow each other.
 pub type Metric = (&'static str, &'static str, &'static str, u64);
 
 /// Space of one volume store.
@@ -128,8 +128,10 @@ pub fn encode(stats: &[ShardStats], stores: &[StoreGauges], of_process: &[Metric
     for (name, kind, help, value) in SHARING {
         family(&mut out, &format!("volley_store_{name}"), kind, help, of_store(&|s| value(&s.sharing)));
     }
-    for (name, kind, help, value) in of_process {
-        plain(&mut out, &format!("volley_{name}"), kind, help, value);
+    for samples in of_process.chunk_by(|a, b| labels_of(a.0).0 == labels_of(b.0).0) {
+        let (name, kind, help, _) = samples[0];
+        let values = samples.iter().map(|(name, .., value)| (labels_of(name).1.to_owned(), *value));
+        family(&mut out, &format!("volley_{}", labels_of(name).0), kind, help, values);
     }
     process(&mut out, started_unix_ms);
     out
@@ -205,6 +207,11 @@ fn histograms(out: &mut String, stats: &[ShardStats]) {
             let _ = writeln!(out, "volley_{name}_count{{{labels}}} {cumulative}");
         }
     }
+}
+
+/// The name of a metric, and the labels that it carries.
+fn labels_of(name: &str) -> (&str, &str) {
+    name.split_once('{').map_or((name, ""), |(name, labels)| (name, labels.trim_end_matches('}')))
 }
 
 fn shard_label(stats: &ShardStats) -> String {
@@ -328,6 +335,20 @@ mod tests {
         assert!(text.contains("volley_store_free_bytes{store=\"a\\\"b\"} 5\n"), "{text}");
         assert!(text.contains("volley_process_start_time_seconds 1.5\n"), "{text}");
         assert!(text.contains("volley_process_resident_memory_bytes "), "{text}");
+    }
+
+    #[test]
+    fn samples_of_one_name_are_one_family() {
+        let metrics = [
+            ("block_requests_total{operation=\"list\"}", "counter", "Requests.", 2),
+            ("block_requests_total{operation=\"put\"}", "counter", "Requests.", 5),
+            ("uploads_open", "gauge", "Uploads.", 1),
+        ];
+        let text = encode(&[], &[], &metrics, 0);
+        let families = "# HELP volley_block_requests_total Requests.\n# TYPE volley_block_requests_total counter\n\
+                        volley_block_requests_total{operation=\"list\"} 2\nvolley_block_requests_total{operation=\"put\"} 5\n\
+                        # HELP volley_uploads_open Uploads.\n# TYPE volley_uploads_open gauge\nvolley_uploads_open 1\n";
+        assert!(text.contains(families), "{text}");
     }
 
     #[test]

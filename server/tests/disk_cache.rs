@@ -254,6 +254,53 @@ fn a_corrupt_slot_is_dropped_counted_named_and_fetched_again() {
     stop(node);
 }
 
+#[test]
+fn a_scrub_finds_what_rotted_before_anybody_wants_it() {
+    let lab = Lab::new(2);
+    let node = lab.start();
+    lab.warm(&node, false);
+    stop(node);
+    let node = lab.start();
+    let chunks = disk(&node).chunks;
+    assert_eq!(scrub(&node), (chunks, 0), "sound");
+    // In the content of the first chunk of each shard.
+    for shard in 0..2 {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(lab.slots(shard)).expect("slot file");
+        let at = (RECORD_BYTES + 100) as u64;
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).expect("read");
+        file.write_all_at(&[byte[0] ^ 1], at).expect("write");
+    }
+    assert_eq!(scrub(&node), (chunks, 2));
+    assert_eq!(scrub(&node), (chunks - 2, 0), "they are gone");
+    let tier = disk(&node);
+    assert_eq!((tier.corrupt, tier.chunks, tier.hits), (2, chunks - 2, 0), "{tier:?}");
+    let events = events(&node);
+    for name in ["shard-0.slots slot 0 is corrupt", "shard-1.slots slot 0 is corrupt"] {
+        assert!(events.iter().any(|event| event.contains(name)), "{events:?}");
+    }
+    stop(node);
+    let node = lab.start();
+    assert_eq!(disk(&node).chunks, chunks - 2, "a restart does not find them either");
+    lab.read_all(&node);
+    assert_eq!((gets(&node), disk(&node).corrupt), (2, 0));
+    stop(node);
+}
+
+/// Reads the disk tier of all shards to its end, in small parts: chunks read and dropped.
+fn scrub(node: &Node) -> (u64, u64) {
+    let (mut chunks, mut dropped) = (0, 0);
+    for shard in 0..node.commands.len() {
+        let mut next = Some(0);
+        while let Some(from) = next {
+            let part = |reply| Command::ScrubCache { from, bytes_max: 1 << 20, reply };
+            let part = ask(node, shard, part).expect("a disk tier");
+            (chunks, dropped, next) = (chunks + part.chunks, dropped + part.dropped, part.next);
+        }
+    }
+    (chunks, dropped)
+}
+
 fn used(file: &std::fs::File, slot: u64) -> bool {
     let mut record = [0; RECORD_BYTES];
     file.read_exact_at(&mut record, slot * SLOT_BYTES as u64).expect("record");

@@ -111,6 +111,7 @@ fn run(args: Args) -> Result<(), String> {
         snapshot_bandwidth: config.snapshots.bandwidth.0,
         scrub_bandwidth: Some(config.snapshots.scrub_bandwidth.0).filter(|bytes| *bytes > 0),
         scrub_pause: Some(config.snapshots.scrub_pause.0),
+        gc_every: Some(config.snapshots.gc_every.0).filter(|every| !every.is_zero()),
         stores: data.stores.clone(),
         default_rate: config.hydration.default_rate,
         overcommit: config.placement.overcommit,

@@ -9,6 +9,7 @@
 //! another number of shards put there: by the time it reads, the other may have evicted them, which their records tell.
 
 pub mod files;
+pub mod scrub;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -25,7 +26,7 @@ use crate::mutation::{self, Mutation};
 use crate::platform::{AlignedBytes, File, Platform, Queue, Time};
 use crate::shard::signal::Signal;
 use crate::shard::stats::Counters;
-use crate::snapshot::{ChunkDecoder, ChunkEntry, CorruptChunk, Encoding};
+use crate::snapshot::{ChunkDecoder, ChunkEntry, Encoding};
 use crate::transfer::{ChunkSource, Digest};
 use files::Files;
 
@@ -95,8 +96,11 @@ pub struct Loaded {
     /// `None`: the shard's own.
     file: Option<usize>,
     place: Place,
-    content: Result<(Record, Vec<u8>), SlotFault>,
+    content: SlotContent,
 }
+
+/// The stored bytes of a chunk and the record they stand under.
+type SlotContent = Result<(Record, Vec<u8>), SlotFault>;
 
 /// Why a slot did not give its part of a chunk.
 enum SlotFault {
@@ -167,36 +171,36 @@ impl<P: Platform> DiskTier<P> {
     /// and named, and the chunk has to be fetched. Large chunks are verified in slices, between which others run.
     pub async fn verify(&self, source: &ChunkSource, loaded: Loaded, last: bool) -> Option<ChunkData> {
         let Loaded { file, place, content } = loaded;
-        let fault = match content {
-            Ok((record, stored)) => match self.decode(source, &record, &stored).await {
-                Ok(data) => {
-                    let tally = &mut self.0.state.borrow_mut().tally;
-                    tally.hits += 1;
-                    tally.hit_bytes += data.len() as u64;
-                    return Some(ChunkData::new(data));
+        match self.decode(&source.digest, source.chunk_len, content).await {
+            Ok(data) => {
+                let tally = &mut self.0.state.borrow_mut().tally;
+                tally.hits += 1;
+                tally.hit_bytes += data.len() as u64;
+                Some(ChunkData::new(data))
+            }
+            Err(fault) => {
+                if last {
+                    self.drop_faulty(&source.digest, file, &place, &fault);
                 }
-                Err(corrupt) => SlotFault::Corrupt(corrupt.to_string()),
-            },
-            Err(fault) => fault,
-        };
-        if last {
-            self.drop_faulty(&source.digest, file, &place, &fault);
+                None
+            }
         }
-        None
     }
 
-    /// The content, if it is the chunk that is wanted.
-    async fn decode(&self, source: &ChunkSource, record: &Record, stored: &[u8]) -> Result<AlignedBytes, CorruptChunk> {
+    /// The content, if it is the chunk of this digest.
+    async fn decode(&self, digest: &Digest, chunk_len: u32, content: SlotContent) -> Result<AlignedBytes, SlotFault> {
+        let (record, stored) = content?;
         if mutation::on(Mutation::SlotNotVerified) && record.encoding == Encoding::Raw {
-            return Ok(stored.into());
+            return Ok(stored[..].into());
         }
         let digest = match mutation::on(Mutation::SlotOfAnotherChunk) {
             true => record.digest,
-            false => source.digest,
+            false => *digest,
         };
         let (stored_len, encoding) = (record.stored_len, record.encoding);
         let entry = ChunkEntry::Stored { pack: 0, offset: 0, stored_len, encoding, digest };
-        ChunkDecoder::new(&entry, stored, source.chunk_len).run(&self.0.platform).await
+        let decoded = ChunkDecoder::new(&entry, &stored, chunk_len).run(&self.0.platform).await;
+        decoded.map_err(|corrupt| SlotFault::Corrupt(corrupt.to_string()))
     }
 
     /// `None` as file: its own.
@@ -206,8 +210,7 @@ impl<P: Platform> DiskTier<P> {
         own.or_else(|| state.elsewhere.get(digest).map(|(file, place)| (Some(*file), place.clone())))
     }
 
-    /// The stored bytes of a chunk, and the record they stand under.
-    async fn read_place(&self, file: Option<usize>, place: &Place) -> Result<(Record, Vec<u8>), SlotFault> {
+    async fn read_place(&self, file: Option<usize>, place: &Place) -> SlotContent {
         let runs = runs(&place.slots).map(async |(first, count)| {
             let (file, offset) = self.0.files.locate(file, first);
             file.read_at(offset, count * SLOT_BYTES).await
@@ -227,11 +230,11 @@ impl<P: Platform> DiskTier<P> {
         }
     }
 
-    /// Forgets a chunk that could not be read, unless it is another copy by now.
-    fn drop_faulty(&self, digest: &Digest, file: Option<usize>, place: &Place, fault: &SlotFault) {
+    /// Forgets a chunk that could not be read, unless it is another copy by now. Whether it did.
+    fn drop_faulty(&self, digest: &Digest, file: Option<usize>, place: &Place, fault: &SlotFault) -> bool {
         let unchanged = self.find(digest).is_some_and(|found| found == (file, place.clone()));
         if !unchanged {
-            return;
+            return false;
         }
         let state = &mut *self.0.state.borrow_mut();
         match file {
@@ -242,18 +245,19 @@ impl<P: Platform> DiskTier<P> {
         let event = match fault {
             SlotFault::Stale => {
                 state.tally.stale += 1;
-                return;
+                return true;
             }
             SlotFault::Io(error) => {
                 state.tally.errors += 1;
-                format!("disk cache: {}: {error}; the chunk is fetched again", at())
+                format!("disk cache: {}: {error}; the chunk is dropped and fetched again", at())
             }
             SlotFault::Corrupt(why) => {
                 state.tally.corrupt += 1;
-                format!("disk cache: {} is corrupt: {why}; the chunk is fetched again", at())
+                format!("disk cache: {} is corrupt: {why}; the chunk is dropped and fetched again", at())
             }
         };
         self.0.counters.event(self.0.platform.wall_clock_ms(), &event);
+        true
     }
 
     /// Keeps a verified chunk, stored as `encoding` says, if there is time for it.

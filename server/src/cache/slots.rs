@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::record::{PAGE_BYTES, RECORD_BYTES, RECORDS_PER_PAGE, Record};
+use super::record::{PAGE_BYTES, RECORD_BYTES, RECORDS_PER_PAGE, Record, RecordRead};
 use super::s3fifo::{Rank, S3Fifo};
 use crate::transfer::Digest;
 
@@ -88,6 +88,20 @@ impl Slots {
     #[must_use]
     pub fn place(&self, digest: &Digest) -> Option<&Place> {
         self.order.peek(digest)
+    }
+
+    /// Of `count` slots from `from` on the first one where a chunk begins; and the slot to go on from, if there are more.
+    #[must_use]
+    pub fn next_chunk(&self, from: u32, count: u32) -> (Option<&Place>, Option<u32>) {
+        let all = self.table.len() as u32;
+        let end = from.saturating_add(count).min(all);
+        let begins = |slot: u32| match Record::decode(&self.table[slot as usize]) {
+            RecordRead::Valid(record) => self.place(&record.digest).filter(|place| place.slots[0] == slot),
+            RecordRead::Free | RecordRead::Unreadable => None,
+        };
+        let found = (from..end).find_map(|slot| begins(slot).map(|place| (slot, place)));
+        let next = found.map_or(end, |(slot, _)| slot + 1);
+        (found.map(|(_, place)| place), (next < all).then_some(next))
     }
 
     /// Notes a request for the chunk.

@@ -111,3 +111,24 @@ fn slots_being_written_are_nobodys_and_come_back() {
     assert_eq!(slots.begin(3).map(|(_, taken)| taken.to_vec()), Some(vec![0, 1, 2]));
     assert!(slots.take_dirty().is_none(), "nothing of it was ever in the index");
 }
+
+#[test]
+fn a_walk_meets_every_chunk_once_in_the_order_of_its_first_slot() {
+    let mut slots = Slots::new(2, 70);
+    for key in 0..20 {
+        assert!(put(&mut slots, key, 1 + usize::from(key % 5)));
+    }
+    (0..20).step_by(3).for_each(|key| assert!(slots.remove(&[key; 32])));
+    // Into what became free, so not in order any more.
+    assert!(put(&mut slots, 30, 5));
+    for count in [1, 7, u32::MAX] {
+        let (mut met, mut next) = (Vec::new(), Some(0));
+        while let Some(from) = next {
+            let (place, after) = slots.next_chunk(from, count);
+            met.extend(place.map(|place| (place.slots[0], place.record.digest)));
+            next = after;
+        }
+        assert!(met.is_sorted() && met.len() == slots.len(), "{count} at once: {met:?}");
+    }
+    assert_eq!(slots.next_chunk(10_000, 5), (None, None));
+}

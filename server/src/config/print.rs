@@ -125,10 +125,13 @@ bandwidth = "{snapshot_bandwidth}"
 # What guests overwrite while a snapshot still needs it is put aside, up to so much in each store; beyond it the snapshot is
 # given up, never a guest's write.
 staging_bytes = "{staging_bytes}"
-# Volumes are read from their disks in the background and held against what they should hold; what rotted is put back. Bytes per
-# second ("0": not at all), and the pause between two rounds over all volumes.
+# Volumes and the disk cache are read in the background and held against what they should hold; what rotted is put back, or
+# dropped from the cache. Bytes per second ("0": not at all), and the pause between two rounds.
 scrub_bandwidth = "{scrub_bandwidth}"
 scrub_pause = "{scrub_pause}"
+# So often the node does what `volley snapshot gc` does: it carries out intended deletions, and condemns and removes packs that nothing
+# references. "0s": never. Several nodes may.
+gc_every = "{gc_every}"
 
 [deadlines]
 # A guest read that needs the object store gets an I/O error after this long. The volume keeps working.
@@ -168,6 +171,7 @@ corrupt_attempts = {corrupt_attempts}
         staging_bytes = snapshots.staging_bytes,
         scrub_bandwidth = snapshots.scrub_bandwidth,
         scrub_pause = snapshots.scrub_pause,
+        gc_every = snapshots.gc_every,
         guest_read = deadlines.guest_read,
         stop = deadlines.stop,
         deadline = retries.deadline,

@@ -67,6 +67,7 @@ fn printing_covers_every_key() {
             staging_bytes: ByteSize(1 << 30),
             scrub_bandwidth: ByteSize(8 << 20),
             scrub_pause: Span(Duration::from_secs(60)),
+            gc_every: Span(Duration::from_secs(3600)),
         },
         deadlines: DeadlineConfig { guest_read: Span(Duration::from_millis(1500)), stop: Span(Duration::from_secs(5)) },
         retries: RetryConfig {

@@ -26,7 +26,10 @@ use super::problem::{Answer, Problem};
 
 use token::List;
 
+mod tally;
 mod token;
+
+pub(super) use tally::{BlockTally, Operation};
 
 /// Blocks of one page, unless asked otherwise, and at most.
 const PAGE_DEFAULT: u32 = 1000;
@@ -143,6 +146,7 @@ pub(super) async fn show(
     let id = id_text(manifest.id);
     let content = off_thread(move || Content::of(&manifest, index, &stored, sha256)).await?;
     let Content { raw, digest, sha256 } = content?;
+    control.0.block_tally.note_read(raw.len());
     let zero = if entry == ChunkEntry::Zero { "true" } else { "false" };
     let mut response = Response::new(Body::from(Bytes::from_owner(Lent { raw, _turn: turn })));
     let headers = response.headers_mut();

@@ -127,6 +127,9 @@ pub(super) async fn metrics(State(control): State<Control>) -> Answer<impl IntoR
         control.ledger_metrics().await?,
         control.boot_set_metrics().await,
         control.scrub_metrics(),
+        control.gc_metrics(),
+        control.0.block_tally.metrics(),
+        control.0.uploads.metrics().to_vec(),
         control.0.batches.metrics(),
     ]
     .concat();

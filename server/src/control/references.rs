@@ -5,6 +5,7 @@
 //! hold the same mutex, so upkeep can't drop the reference of a creation in progress.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Result;
@@ -29,15 +30,22 @@ impl References {
         self.held.contains(snapshot)
     }
 
-    /// Makes the reference durable.
+    /// Makes the reference durable. What shards hand out from here on was read after that: packs of an older manifest may be gone.
     pub(super) async fn hold(&mut self, control: &Control, snapshot: &str) -> Result<()> {
-        let node = control.node_id_text();
-        let put = control.0.shards.put_object(reference_key(snapshot, &node), format!("{node}\n").into_bytes()).await;
-        match put {
+        let held = References::put(control, snapshot).await;
+        match held {
             Ok(()) => drop(self.held.insert(snapshot.to_string())),
             Err(_) => self.listed = false,
         }
-        put
+        held
+    }
+
+    async fn put(control: &Control, snapshot: &str) -> Result<()> {
+        let (node, shards) = (control.node_id_text(), &control.0.shards);
+        shards.put_object(reference_key(snapshot, &node), format!("{node}\n").into_bytes()).await?;
+        let snapshot: Arc<str> = snapshot.into();
+        shards.query_all(|reply| Command::ForgetManifest { snapshot: snapshot.clone(), reply }).await?;
+        Ok(())
     }
 
     async fn release(&mut self, control: &Control, snapshot: &str) -> Result<()> {

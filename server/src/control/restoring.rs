@@ -18,6 +18,9 @@ use super::blocks::id_text;
 use super::extract::{Body, Params, Segment};
 use super::problem::{Answer, Problem};
 use super::snapshotting::TakeRequest;
+use sectors::Differing;
+
+mod sectors;
 
 /// Chunks of one step of a verification.
 const STEP_CHUNKS_MAX: u32 = 4096;
@@ -61,6 +64,9 @@ pub(super) struct VerifyParams {
     /// Put back what is damaged, from the object store.
     #[serde(default)]
     pub(super) repair: bool,
+    /// Say which sectors of the chunks that guests wrote to differ.
+    #[serde(default)]
+    pub(super) sectors: bool,
 }
 
 /// What a part of a volume holds, held against the snapshot that it builds on.
@@ -86,6 +92,8 @@ pub(super) struct Verified {
     pub(super) damaged: u32,
     pub(super) repaired: u32,
     damaged_chunks: Vec<u32>,
+    /// If it was asked for: what differs in chunks that are changed, absent or unexplained. All else is equal, but for damaged chunks.
+    sectors: Option<Differing>,
 }
 
 pub(super) async fn roll_back(
@@ -225,12 +233,17 @@ impl Control {
         }
     }
 
+    /// What a chunk has in a snapshot, as far as that is not zeroes.
+    async fn wanted(&self, manifest: Option<&Arc<Manifest>>, chunk: u32) -> Answer<Vec<u8>> {
+        match manifest.filter(|manifest| entry(manifest, chunk).is_some()) {
+            None => Ok(Vec::new()),
+            Some(manifest) => Ok(self.block(manifest, chunk).await?.to_vec()),
+        }
+    }
+
     /// Puts back what a chunk should hold.
     async fn repair(&self, lineage: &VolumeLineage, manifest: Option<&Arc<Manifest>>, chunk: u32) -> Answer<bool> {
-        let content = match manifest.filter(|manifest| entry(manifest, chunk).is_some()) {
-            None => Vec::new(),
-            Some(manifest) => self.block(manifest, chunk).await?.to_vec(),
-        };
+        let content = self.wanted(manifest, chunk).await?;
         let (volume, base) = (lineage.id, lineage.lineage.base.clone());
         let repair = |reply| Command::RepairChunk { volume, chunk, base, content, reply };
         Ok(self.0.shards.ask(volume.owner(self.0.shards.count()), repair).await??)
@@ -265,16 +278,25 @@ impl Control {
             damaged: 0,
             repaired: 0,
             damaged_chunks: Vec::new(),
+            sectors: params.sectors.then(Differing::default),
         };
         let shard = self.0.shards.owner_of(name);
         for chunk in params.from..end {
             let wanted = base.as_ref().and_then(|base| entry(base, chunk));
             let (volume, base_ref) = (lineage.id, lineage.lineage.base.clone());
             let len = wanted.map_or(0, |(_, len)| len);
-            let check = |reply| Command::CheckChunk { volume, chunk, len, base: base_ref, reply };
+            let check =
+                |reply| Command::CheckChunk { volume, chunk, len, base: base_ref, content: params.sectors, reply };
             let checked = self.0.shards.ask(shard, check).await??;
             // Behind the end of the snapshot a longer volume has zeroes.
             let equal = checked.rest_is_zero && wanted.is_none_or(|(digest, _)| checked.digest == Some(digest));
+            let is_damaged = checked.digest.is_some() && checked.changed == Some(false);
+            if let Some(differing) = found.sectors.as_mut().filter(|_| !equal && !is_damaged)
+                && !checked.content.is_empty()
+            {
+                let wanted = self.wanted(base.as_ref(), chunk).await?;
+                differing.compare(&checked.content, u64::from(chunk) * u64::from(lineage.chunk_bytes), &wanted);
+            }
             match (checked.digest, checked.changed) {
                 (None, _) => found.absent += 1,
                 (Some(_), Some(true)) => found.changed += 1,

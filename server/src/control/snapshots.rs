@@ -6,9 +6,11 @@ use serde::Serialize;
 
 use crate::error::Status;
 use crate::snapshot::deletion::{self, deletion_key};
-use crate::snapshot::{ChunkEntry, MANIFEST_PREFIX, Manifest, manifest_key, reference_prefix};
+use crate::snapshot::diff::digest_text;
+use crate::snapshot::{ChunkEntry, MANIFEST_PREFIX, Manifest, manifest_key, merkle, reference_prefix};
 
 use super::Control;
+use super::blocks::off_thread;
 use super::extract::Segment;
 use super::problem::{Answer, Problem};
 
@@ -25,6 +27,9 @@ pub(super) struct Image {
     /// Bytes of the packs that its chunks occupy; chunks that occur twice count once.
     stored_bytes: u64,
     packs: usize,
+    /// Stands for the whole content; only of a single image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    merkle_root: Option<String>,
     /// Ids of nodes with volumes that still need it; only of a single image.
     #[serde(skip_serializing_if = "Option::is_none")]
     referenced_by: Option<Vec<String>>,
@@ -50,7 +55,12 @@ pub(super) async fn list(State(control): State<Control>) -> Answer<Json<Images>>
 }
 
 pub(super) async fn show(State(control): State<Control>, Segment(name): Segment) -> Answer<Json<Image>> {
-    let mut image = Image::new(&control.manifest_as_it_is(&name).await?);
+    let manifest = control.manifest_as_it_is(&name).await?;
+    let mut image = off_thread(move || {
+        let merkle_root = Some(digest_text(&merkle::root(&manifest)));
+        Image { merkle_root, ..Image::new(&manifest) }
+    })
+    .await?;
     let prefix = reference_prefix(&name);
     let references = control.0.shards.list_objects(&prefix).await?;
     image.referenced_by =
@@ -118,6 +128,7 @@ impl Image {
             zero_chunks,
             stored_bytes: stored.iter().map(|(_, _, len)| u64::from(*len)).sum(),
             packs: manifest.pack_keys().len(),
+            merkle_root: None,
             referenced_by: None,
         }
     }

@@ -7,12 +7,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::metrics::Metric;
 use crate::snapshot::draft::Draft;
 use crate::upload::{self, Record};
 
@@ -71,6 +72,16 @@ pub(super) struct Uploads {
     /// Over, with a marker in the object store; `true`: nobody can need the packs.
     left: Mutex<Vec<(Record, bool)>>,
     cleaning: tokio::sync::Mutex<()>,
+    tally: Tally,
+}
+
+/// Counts since the start.
+#[derive(Default)]
+struct Tally {
+    started: AtomicU64,
+    completed: AtomicU64,
+    abandoned: AtomicU64,
+    expired: AtomicU64,
 }
 
 impl Uploads {
@@ -89,6 +100,7 @@ impl Uploads {
             ended: Mutex::default(),
             left: Mutex::new(records.into_iter().map(|record| (record, false)).collect()),
             cleaning: tokio::sync::Mutex::default(),
+            tally: Tally::default(),
         }
     }
 
@@ -124,12 +136,36 @@ impl Uploads {
             return false;
         }
         upload.over.store(true, Ordering::Relaxed);
+        let counter = match &end {
+            Ended::Completed { .. } => &self.tally.completed,
+            Ended::Abandoned => &self.tally.abandoned,
+            Ended::Expired => &self.tally.expired,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
         let mut ended = lock(&self.ended);
         if ended.len() >= ENDED_MAX {
             ended.pop_front();
         }
         ended.push_back((upload.id, end));
         true
+    }
+
+    pub(super) fn metrics(&self) -> [Metric; 5] {
+        let Tally { started, completed, abandoned, expired } = &self.tally;
+        let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let open = lock(&self.open).len() as u64;
+        [
+            ("uploads_open", "gauge", "Open uploads of snapshots.", open),
+            ("uploads_started_total", "counter", "Uploads that were started.", value(started)),
+            ("uploads_completed_total", "counter", "Uploads that became snapshots.", value(completed)),
+            ("uploads_abandoned_total", "counter", "Uploads that their clients gave up.", value(abandoned)),
+            (
+                "uploads_expired_total",
+                "counter",
+                "Uploads that ended because nothing was sent to them.",
+                value(expired),
+            ),
+        ]
     }
 
     /// Ends the uploads that were not used for [`IDLE_MAX`] before `now`, and returns them.

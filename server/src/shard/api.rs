@@ -3,6 +3,7 @@
 mod cache;
 mod loads;
 mod snapshots;
+mod stats;
 
 use std::fmt;
 use std::future::Future;
@@ -10,8 +11,8 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use crate::cache::ChunkData;
+use crate::cache::disk::scrub::Scrubbed;
 use crate::error::Result;
-use crate::histogram::HistogramCounts;
 use crate::shard::changes::ChunkSet;
 use crate::transfer::Digest;
 use crate::transfer::ledger::{Origin, Totals};
@@ -20,6 +21,7 @@ use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 pub use cache::{CacheStatus, Dropped, WarmStatus};
 pub use loads::{BatchOnStore, BatchTotals, StoreLoad, StoreSharing};
 pub use snapshots::{CheckedChunk, CutVolume, CutWanted, VolumeLineage};
+pub use stats::{ShardStats, StoreStats};
 
 /// A connection of this process's life: unique over all shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -307,6 +309,13 @@ pub enum Command {
         snapshot: SnapshotRef,
         reply: ReplyTo<Result<Dropped>>,
     },
+    /// Reads chunks of the disk tier from slot `from` on, about so many bytes, and drops what is not what it should be. `None`:
+    /// there is no disk tier.
+    ScrubCache {
+        from: u32,
+        bytes_max: u64,
+        reply: ReplyTo<Option<Scrubbed>>,
+    },
     /// Volumes of the snapshot hydrate these chunks first, in this order; with `prefetch` the shard fetches those that it
     /// owns into the cache now. Answered when it has begun. Empty: there is no set.
     UseBootSet {
@@ -320,6 +329,11 @@ pub enum Command {
     PrefetchImage {
         snapshot: SnapshotRef,
         reply: ReplyTo<Result<()>>,
+    },
+    /// The snapshot's manifest is read anew when a volume needs it the next time: it may have been rewritten.
+    ForgetManifest {
+        snapshot: Arc<str>,
+        reply: ReplyTo<()>,
     },
     /// What the next snapshot of a volume builds on.
     Lineage {
@@ -368,6 +382,8 @@ pub enum Command {
         chunk: u32,
         len: u32,
         base: Option<SnapshotRef>,
+        /// Answer with what is in the volume, too.
+        content: bool,
         reply: ReplyTo<Result<CheckedChunk>>,
     },
     /// Puts what a chunk has in `base` back into it, unless a guest has written to it or changes count from another one by now.
@@ -427,39 +443,6 @@ pub enum ObjectOpReply {
     Data(Vec<u8>),
     Listing(Vec<crate::object_store::ObjectMeta>),
     Done,
-}
-
-/// A shard's part of a volume store: as in [`ShardStats`], which gets the label of the store too.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct StoreStats {
-    pub store: String,
-    pub counters: Vec<(&'static str, &'static str, u64)>,
-    pub gauges: Vec<(&'static str, &'static str, u64)>,
-    pub histograms: Vec<(&'static str, &'static str, HistogramCounts)>,
-}
-
-/// Counters of a shard since its start, and gauges of now; the source of `/metrics`. Labels are added by the control thread.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct ShardStats {
-    pub shard: usize,
-    pub volumes: u64,
-    pub volumes_hydrated: u64,
-    pub volumes_attached: u64,
-    pub connections: u64,
-    /// Name, help text and value of each monotonic counter, e.g. ("guest_reads_total", "...", 17).
-    pub counters: Vec<(&'static str, &'static str, u64)>,
-    /// Name, help text and value of each gauge, e.g. ("cache_ram_bytes", "...", 1048576).
-    pub gauges: Vec<(&'static str, &'static str, u64)>,
-    /// Name, help text and counts of each histogram of durations.
-    pub histograms: Vec<(&'static str, &'static str, HistogramCounts)>,
-    /// What this shard's volumes share in each store, in the order of the configuration.
-    pub sharing: Vec<StoreSharing>,
-    /// The same of each volume store.
-    pub stores: Vec<StoreStats>,
-    /// Snapshot names that volumes of this shard still need (not hydrated).
-    pub snapshots_needed: Vec<String>,
-    /// Recent events that name causes, oldest first, at most 64.
-    pub events: Vec<String>,
 }
 
 /// Where the data ports of all shards are; handed out by HELLO.

@@ -8,12 +8,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cache::disk::scrub::Scrubbed;
 use crate::cache::disk::{DiskTier, Owner};
 use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Queue};
 use crate::shard::Shard;
-use crate::shard::api::{CacheStatus, Dropped, WarmStatus};
+use crate::shard::api::{CacheStatus, Dropped, ReplyTo, WarmStatus};
 use crate::shard::signal::within;
 use crate::snapshot::{Encoding, Manifest};
 use crate::transfer::ledger::Origin;
@@ -90,6 +91,18 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let (ram, disk) = self.0.transfer.tiers();
         let warming = self.0.warming.borrow().iter().map(Warming::status).collect();
         CacheStatus { shard: self.0.config.shard, ram, disk, warming }
+    }
+
+    /// Reads a part of the disk tier and answers, behind everything else.
+    pub(super) fn scrub_cache(&self, from: u32, bytes_max: u64, reply: ReplyTo<Option<Scrubbed>>) {
+        let disk = self.0.transfer.disk().filter(|_| !self.0.stopping.get()).cloned();
+        self.0.platform.spawn(Queue::Background, async move {
+            let scrubbed = match disk {
+                Some(disk) => Some(disk.scrub(from, bytes_max).await),
+                None => None,
+            };
+            let _ = reply.send(scrubbed);
+        });
     }
 
     /// Starts to warm; answers when the manifest is there. Warming an image again begins anew.

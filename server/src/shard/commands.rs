@@ -62,10 +62,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             Command::WarmCache { snapshot, pin, reply } => drop(reply.send(self.warm_cache(&snapshot, pin).await)),
             Command::UnpinCache { image, reply } => drop(reply.send(self.unpin_image(&image))),
             Command::DropCache { snapshot, reply } => drop(reply.send(self.drop_cache(&snapshot).await)),
+            Command::ScrubCache { from, bytes_max, reply } => self.scrub_cache(from, bytes_max, reply),
             Command::UseBootSet { snapshot, chunks, prefetch, reply } => {
                 drop(reply.send(self.use_boot_set(&snapshot, &chunks, prefetch).await));
             }
             Command::PrefetchImage { snapshot, reply } => drop(reply.send(self.prefetch_image(&snapshot).await)),
+            Command::ForgetManifest { snapshot, reply } => {
+                self.0.manifests.forget(&snapshot);
+                let _ = reply.send(());
+            }
             Command::Lineage { name, reply } => drop(reply.send(self.lineage(&name))),
             Command::Freeze { names, cut, reply } => drop(reply.send(self.freeze(&names, cut).await)),
             Command::Cut { wanted, cut, reply } => drop(reply.send(self.cut(&wanted, cut))),
@@ -77,8 +82,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 drop(reply.send(self.roll_back(&name, snapshot, base.as_ref(), &differs, force).await));
             }
             Command::Absent { name, max, reply } => drop(reply.send(self.absent(&name, max))),
-            Command::CheckChunk { volume, chunk, len, base, reply } => {
-                drop(reply.send(self.check_chunk(volume, chunk, len, base.as_ref()).await));
+            Command::CheckChunk { volume, chunk, len, base, content, reply } => {
+                drop(reply.send(self.check_chunk(volume, chunk, len, base.as_ref(), content).await));
             }
             Command::RepairChunk { volume, chunk, base, content, reply } => {
                 drop(reply.send(self.repair_chunk(volume, chunk, base.as_ref(), &content).await));

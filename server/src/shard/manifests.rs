@@ -1,6 +1,9 @@
 //! The manifests a shard works with: loaded once, shared by its volumes, dropped when the last volume lets go.
+//!
+//! A rewrite of packs replaces a manifest; the old packs stay as long as the node holds a reference to the snapshot. So what was loaded
+//! before the reference was put is [forgotten](Manifests::forget): a boot that is being recorded may have kept it alive.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -18,6 +21,8 @@ pub struct Manifests<P: Platform, O: ObjectStore> {
     objects: O,
     deadline: Duration,
     loaded: RefCell<hashbrown::HashMap<u128, Weak<Manifest>, ahash::RandomState>>,
+    /// How often something was forgotten: what was asked for before does not count any more.
+    forgotten: Cell<u64>,
     /// One load at a time: the second asker finds what the first one got.
     loading: futures::lock::Mutex<()>,
 }
@@ -25,7 +30,14 @@ pub struct Manifests<P: Platform, O: ObjectStore> {
 impl<P: Platform, O: ObjectStore> Manifests<P, O> {
     pub fn new(platform: P, objects: O, deadline: Duration) -> Self {
         let loaded = RefCell::new(hashbrown::HashMap::with_hasher(ahash::RandomState::with_seeds(17, 18, 19, 20)));
-        Manifests { platform, objects, deadline, loaded, loading: futures::lock::Mutex::new(()) }
+        Manifests {
+            platform,
+            objects,
+            deadline,
+            loaded,
+            forgotten: Cell::new(0),
+            loading: futures::lock::Mutex::new(()),
+        }
     }
 
     /// # Errors
@@ -38,9 +50,7 @@ impl<P: Platform, O: ObjectStore> Manifests<P, O> {
         if let Some(found) = self.find(snapshot.id) {
             return Ok(found);
         }
-        let bytes = self.load(&snapshot.name).await?;
-        let manifest = Manifest::decode(&bytes)
-            .map_err(|e| Error::new(Status::Corrupt, format!("snapshot {:?}: {e}", &*snapshot.name)))?;
+        let manifest = self.load_as_it_is(&snapshot.name).await?;
         if manifest.id != snapshot.id {
             let message = format!("snapshot {:?} was replaced by another one of the same name", &*snapshot.name);
             return Err(Error::new(Status::UnknownSnapshot, message));
@@ -50,6 +60,23 @@ impl<P: Platform, O: ObjectStore> Manifests<P, O> {
         loaded.retain(|_, weak| weak.strong_count() > 0);
         loaded.insert(snapshot.id, Arc::downgrade(&manifest));
         Ok(manifest)
+    }
+
+    /// Whoever asks from here on gets the manifest as it is in the object store now. Who has it keeps what they have.
+    pub fn forget(&self, name: &str) {
+        self.forgotten.set(self.forgotten.get() + 1);
+        self.loaded.borrow_mut().retain(|_, weak| weak.upgrade().is_some_and(|manifest| manifest.name != name));
+    }
+
+    async fn load_as_it_is(&self, name: &str) -> Result<Manifest> {
+        loop {
+            let forgotten = self.forgotten.get();
+            let bytes = self.load(name).await?;
+            if self.forgotten.get() == forgotten {
+                return Manifest::decode(&bytes)
+                    .map_err(|e| Error::new(Status::Corrupt, format!("snapshot {name:?}: {e}")));
+            }
+        }
     }
 
     fn find(&self, id: u128) -> Option<Arc<Manifest>> {

@@ -10,6 +10,7 @@ use crate::shard::api::CheckedChunk;
 use crate::shard::fill_turns::FillTurn;
 use crate::shard::hydration_queue::Class;
 use crate::shard::locks::Mode;
+use crate::shard::residency::SectorRange;
 use crate::shard::volume::Volume;
 use crate::snapshot::is_zero;
 use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
@@ -24,6 +25,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         chunk: u32,
         len: u32,
         base: Option<&SnapshotRef>,
+        content: bool,
     ) -> Result<CheckedChunk> {
         self.refuse_when_stopping()?;
         let volume = self.volume(id)?;
@@ -36,12 +38,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         check_base(&volume, base)?;
         let changed = volume.changes.borrow().is_changed(chunk);
         if !volume.map.borrow().is_chunk_resident(chunk) {
-            return Ok(CheckedChunk { digest: None, rest_is_zero: false, changed });
+            let content = if content { resident_parts(&volume, whole).await? } else { Vec::new() };
+            return Ok(CheckedChunk { digest: None, rest_is_zero: false, changed, content });
         }
-        let read = volume.read_sectors(whole).await?;
-        let in_device = (whole.end * SECTOR).min(volume.spec.size_bytes) - whole.start * SECTOR;
-        let (content, rest) = read[..in_device as usize].split_at((len as usize).min(in_device as usize));
-        Ok(CheckedChunk { digest: Some(*blake3::hash(content).as_bytes()), rest_is_zero: is_zero(rest), changed })
+        let read = read_in_device(&volume, whole).await?;
+        let (data, rest) = read.split_at((len as usize).min(read.len()));
+        let (digest, rest_is_zero) = (Some(*blake3::hash(data).as_bytes()), is_zero(rest));
+        let content = if content { vec![(whole.start * SECTOR, read)] } else { Vec::new() };
+        Ok(CheckedChunk { digest, rest_is_zero, changed, content })
     }
 
     /// What is not in the volume: as bytes of the device.
@@ -83,6 +87,24 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.note_dirty(&volume);
         Ok(repaired)
     }
+}
+
+/// What of the range is in the volume. Under the chunk's lock.
+async fn resident_parts<P: Platform>(volume: &Volume<P>, range: SectorRange) -> Result<Vec<(u64, Vec<u8>)>> {
+    let runs = volume.map.borrow().runs(range);
+    let mut parts = Vec::new();
+    for run in runs.into_iter().filter(|run| run.resident) {
+        let run = SectorRange { start: run.start, end: run.end };
+        parts.push((run.start * SECTOR, read_in_device(volume, run).await?));
+    }
+    Ok(parts)
+}
+
+/// Sectors from the volume's disk, without what lies behind the end of the device.
+async fn read_in_device<P: Platform>(volume: &Volume<P>, range: SectorRange) -> Result<Vec<u8>> {
+    let read = volume.read_sectors(range).await?;
+    let in_device = (range.end * SECTOR).min(volume.spec.size_bytes).saturating_sub(range.start * SECTOR);
+    Ok(read[..in_device as usize].to_vec())
 }
 
 /// What was asked about goes by an account of changes that is still the volume's.

@@ -35,7 +35,9 @@ pub enum CatalogError {
         nodes.join(", ")
     )]
     Announced { name: String, nodes: Vec<String> },
-    #[error("packs of snapshot {0:?} are being rewritten: 'volley image gc' deletes it after that")]
+    #[error(
+        "packs of snapshot {0:?} are being rewritten, or somebody else deletes it: 'volley image gc' does it after that"
+    )]
     Rewriting(String),
     #[error("cannot tell which packs are garbage: {0}; delete that snapshot or restore its manifest first")]
     Unreadable(Box<CatalogError>),

@@ -6,7 +6,7 @@
 
 use volley_protocol::name::check_name;
 
-use super::gc::{Clock, condemned, mark, references, rewrite};
+use super::gc::{Clock, condemned, lease, mark, references};
 use super::{CatalogError, Manifest, catalog, import_key, manifest_key, marker};
 use crate::bootset::boot_set_key;
 use crate::mutation::{self, Mutation};
@@ -63,7 +63,7 @@ fn decode(intention: &[u8]) -> Option<u128> {
 ///
 /// # Errors
 /// `Referenced` while nodes need it, unless `when_unused`; it exists unchanged then. `Announced` when a node began to need
-/// it in the same moment, `Rewriting` when its packs are being rewritten: the deletion is carried out by garbage collection.
+/// it in the same moment, `Rewriting` when its packs are being rewritten or somebody else deletes it: the deletion is carried out by garbage collection.
 pub async fn delete<S: ObjectStore>(
     store: &S,
     clock: &impl Clock,
@@ -84,9 +84,22 @@ pub async fn delete<S: ObjectStore>(
     }
     let id = Manifest::decode(&bytes).ok().map(|manifest| manifest.id);
     store.put(&deletion_key(name), &encode(id)).await?;
-    match carry_out(store, clock, name).await? {
-        Outcome::WhenUnused { nodes } if !when_unused => Err(CatalogError::Announced { name: name.to_owned(), nodes }),
-        outcome => Ok(outcome),
+    match carry_out(store, clock, name).await {
+        Ok(Outcome::WhenUnused { nodes }) if !when_unused => {
+            Err(CatalogError::Announced { name: name.to_owned(), nodes })
+        }
+        // A collection found the intention at once.
+        Err(CatalogError::Unknown(_)) if is_gone(store, name, id).await? => Ok(Outcome::Deleted(Released::default())),
+        other => other,
+    }
+}
+
+/// Whether the snapshot is no more, though another one may have the name.
+async fn is_gone<S: ObjectStore>(store: &S, name: &str, id: Option<u128>) -> Result<bool, ObjectError> {
+    match store.get(&manifest_key(name)).await {
+        Ok(bytes) => Ok(Manifest::decode(&bytes).ok().map(|manifest| manifest.id) != id),
+        Err(ObjectError::NotFound(_)) => Ok(true),
+        Err(e) => Err(e),
     }
 }
 
@@ -138,7 +151,7 @@ async fn carry_out<S: ObjectStore>(store: &S, clock: &impl Clock, name: &str) ->
     if !nodes.is_empty() && !mutation::on(Mutation::DeletionIgnoresReferences) {
         return Ok(Outcome::WhenUnused { nodes });
     }
-    if rewrite::lease_is_held(store, clock, name).await? {
+    if lease::is_held(store, clock, name).await? {
         return Err(CatalogError::Rewriting(name.to_owned()));
     }
     // Read after the intention and the look for a lease: from here on nobody replaces it.
@@ -165,11 +178,16 @@ async fn carry_out<S: ObjectStore>(store: &S, clock: &impl Clock, name: &str) ->
         return Err(CatalogError::Unknown(name.to_owned()));
     }
     let (opened, released) = condemn_own(store, clock, name, manifest.as_ref()).await?;
-    store.delete(&manifest_key(name)).await?;
+    let deleted = lease::delete_manifest(store, clock, name, &bytes).await;
     if let Some(opened) = opened {
+        // Also if somebody else was at it: what is in use is not removed for being condemned.
         condemned::seal(store, clock, opened).await?;
     }
-    clean_up(store, name).await?;
+    match deleted? {
+        true => clean_up(store, name).await?,
+        // Another one who carries out the same has come first.
+        false => return Err(CatalogError::Unknown(name.to_owned())),
+    }
     Ok(Outcome::Deleted(released))
 }
 

@@ -5,6 +5,7 @@
 
 pub mod collect;
 pub mod condemned;
+pub mod lease;
 pub mod mark;
 pub mod rewrite;
 #[cfg(test)]

@@ -130,3 +130,13 @@ fn free_bytes(dir: &Path) -> u64 {
     };
     stat.f_bavail * stat.f_frsize
 }
+
+/// Rots one bit of a file.
+pub(crate) fn flip(file: &Path, at: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().read(true).write(true).open(file).expect("the file");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).expect("read");
+    file.write_all_at(&[byte[0] ^ 1], at).expect("written");
+    file.sync_all().expect("synced");
+}

@@ -224,6 +224,11 @@ impl Node {
 
     /// `kill -9`, as a crash of the process.
     pub(crate) fn kill(mut self) {
+        self.crash();
+    }
+
+    /// Like [`Node::kill`], of one that is replaced afterwards.
+    pub(crate) fn crash(&mut self) {
         self.process.kill();
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::harness::{Node, NodeOptions, Outcome, Site, number, run};
-use crate::image_file::{MIB, assert_same, write_image};
+use crate::image_file::{CHUNK, MIB, assert_same, noise, write_image};
 use proxy::{Fault, Proxy};
 use server::{KEY, S3Server, SECRET, files_below};
 
@@ -167,4 +167,59 @@ fn what_is_set_wrongly_is_one_line_of_tool_and_server() {
     }
     lab.proxy.fail("PUT ", Fault::Status(403, "AccessDenied"), usize::MAX);
     lab.import().fails_naming(&[URL, &endpoint, "s3:PutObject", "grant"]);
+}
+
+#[test]
+fn snapshots_are_copied_into_a_bucket_and_out_of_it_also_after_their_packs_were_rewritten() {
+    let lab = Lab::new();
+    let (site, directory) = (&lab.site, lab.site.objects_url());
+    let at = |url: &str, args: &[&str]| run(lab.at(site.volley_command(args), url, SECRET));
+    let json = |url: &str, args: &[&str]| -> Value {
+        serde_json::from_str(&at(url, &[args, &["--json"]].concat()).success()).expect("JSON")
+    };
+    let image = site.path("image.raw");
+    site.import(&image, "monday");
+    // Of every third chunk something changes.
+    let changed = std::fs::File::options().write(true).open(&image).expect("open");
+    for chunk in (0..24 * MIB / CHUNK).step_by(3) {
+        std::os::unix::fs::FileExt::write_all_at(&changed, &noise(chunk + 90, 4096), chunk * CHUNK).expect("write");
+    }
+    site.import(&image, "tuesday");
+    let root = |url: &str| json(url, &["image", "verify", "tuesday"])["merkle_root"].clone();
+    let expected = root(&directory);
+
+    // Into the bucket; what the first copy brought is not sent again.
+    let first = json(&directory, &["image", "copy", "monday", "--to", URL]);
+    let second = json(&directory, &["image", "copy", "tuesday", "--to", URL]);
+    let (sent, there) = (number(&second, "stored_chunks"), number(&second, "shared_chunks"));
+    assert!(number(&first, "stored_chunks") > sent && sent > 0 && there > sent, "{first} {second}");
+    at(&directory, &["image", "copy", "tuesday", "--to", URL]).fails_naming(&["target", "exists already"]);
+    assert_eq!(root(URL), expected);
+
+    // Without the first, its packs are mostly dead: what is left of them moves.
+    lab.volley(&["image", "delete", "monday"]).success();
+    let packs = || lab.left().into_iter().filter(|key| key.contains("packs/")).collect::<Vec<_>>();
+    let before = packs();
+    let report = lab.json(&["image", "gc", "--grace", "0s", "--rewrite-below", "100%"]);
+    assert_eq!(report["rewritten"]["snapshots"], serde_json::json!(["tuesday"]), "{report}");
+    assert!(number(&report, "packs_removed") > 0, "{report}");
+    assert!(packs().iter().any(|key| !before.contains(key)) && before.iter().any(|key| !packs().contains(key)));
+    assert_eq!(root(URL), expected, "rewritten");
+    let exported = site.path("from-the-bucket.raw");
+    lab.volley(&["image", "export", "tuesday", &exported.display().to_string()]).success();
+    assert_same(&image, &exported);
+
+    // And out of it, through a network that fails now and then.
+    lab.proxy.fail("GET /images/prod/packs", Fault::Status(503, "SlowDown"), 2);
+    lab.proxy.fail("GET /images/prod/packs", Fault::Cut, 1);
+    let back = format!("file:{}", site.path("back").display());
+    json(URL, &["image", "copy", "tuesday", "--to", &back, "--as", "tuesday"]);
+    assert_eq!(root(&back), expected);
+    let exported = site.path("back.raw");
+    at(&back, &["image", "export", "tuesday", &exported.display().to_string()]).success();
+    assert_same(&image, &exported);
+    // What was left in the bucket goes with its last snapshot.
+    lab.volley(&["image", "delete", "tuesday"]).success();
+    lab.volley(&["image", "gc", "--grace", "0s"]).success();
+    assert_eq!(lab.left(), Vec::<String>::new());
 }

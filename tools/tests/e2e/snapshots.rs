@@ -1,8 +1,6 @@
 //! Snapshots of volumes by the real programs: a guest writes all the while, the server is killed, snapshots are deleted, and what is left of
 //! them is restored and held against what the guest wrote.
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -10,14 +8,15 @@ use std::time::Duration;
 use serde_json::Value;
 use volley_client::{Client, Options};
 
-use crate::disk::{Disk, FileSystem};
+use crate::disk::{Disk, flip};
 use crate::faults::eventually;
 use crate::harness::{Node, NodeOptions, Site, number};
 use crate::image_file::{MIB, write_image};
 
+mod chain;
+
 const IMAGE_BYTES: u64 = 24 * MIB;
 const BLOCK: u64 = 4096;
-const BLOCKS: u64 = IMAGE_BYTES / BLOCK;
 
 /// A guest that writes blocks one after the other, each with its number: write `n` goes to block [`place`] of `n`. So the content after any
 /// write is known from its number alone.
@@ -30,9 +29,9 @@ struct Writer {
 }
 
 /// Half of the writes go to an eighth of the blocks.
-fn place(number: u64) -> u64 {
+fn place(number: u64, blocks: u64) -> u64 {
     let mixed = (number.wrapping_mul(0x9E37_79B9_7F4A_7C15)) >> 20;
-    if number.is_multiple_of(2) { mixed % (BLOCKS / 8) } else { mixed % BLOCKS }
+    if number.is_multiple_of(2) { mixed % (blocks / 8) } else { mixed % blocks }
 }
 
 fn block(number: u64) -> Vec<u8> {
@@ -42,10 +41,10 @@ fn block(number: u64) -> Vec<u8> {
 }
 
 impl Writer {
-    /// Goes on after `number`, with the node at `server`, also after its restarts.
-    fn start(server: String, volume: &'static str, number: u64) -> Writer {
-        let (stop, begun, flushed) =
-            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(number)), Arc::new(AtomicU64::new(number)));
+    /// Writes to a volume of so many blocks at the node at `server`, also after its restarts.
+    fn start(server: String, volume: &'static str, blocks: u64) -> Writer {
+        let (begun, flushed): (Arc<AtomicU64>, Arc<AtomicU64>) = Default::default();
+        let stop = Arc::new(AtomicBool::new(false));
         let (stopped, at, covered) = (stop.clone(), begun.clone(), flushed.clone());
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
@@ -53,11 +52,11 @@ impl Writer {
                 let options = Options { deadline: Duration::from_secs(100), ..Options::default() };
                 let client = Client::connect(&server, options).await.expect("connect");
                 let volume = client.attach(volume).await.expect("attach");
-                let mut number = number;
+                let mut number = 0;
                 while !stopped.load(Ordering::Relaxed) {
                     number += 1;
                     at.store(number, Ordering::SeqCst);
-                    volume.write(place(number) * BLOCK, block(number).into(), false).await.expect("write");
+                    volume.write(place(number, blocks) * BLOCK, block(number).into(), false).await.expect("write");
                     if number.is_multiple_of(16) {
                         volume.flush().await.expect("flush");
                         covered.store(number, Ordering::SeqCst);
@@ -85,19 +84,23 @@ struct History {
 }
 
 impl History {
+    fn blocks(&self) -> u64 {
+        self.image.len() as u64 / BLOCK
+    }
+
     /// After which write the content is this one. Panics where it is after none.
     fn find(&self, content: &[u8], what: &str) -> u64 {
+        assert_eq!(content.len(), self.image.len(), "{what}");
         let numbers = content.chunks(BLOCK as usize).enumerate().filter_map(|(at, block)| self.number(at, block, what));
         let last = numbers.max().unwrap_or(0);
-        let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
-        expected.extend((1..=last).map(|number| (place(number), number)));
+        // The last write to each block; 0: none.
+        let mut expected = vec![0; self.blocks() as usize];
+        (1..=last).for_each(|number| expected[place(number, self.blocks()) as usize] = number);
         for (at, found) in content.chunks(BLOCK as usize).enumerate() {
             let original = &self.image[at * BLOCK as usize..][..BLOCK as usize];
-            match expected.get(&(at as u64)) {
-                Some(number) => {
-                    assert!(found == block(*number), "{what}: block {at} is not of write {number} of {last}")
-                }
-                None => assert!(found == original, "{what}: block {at} is not the image's"),
+            match expected[at] {
+                0 => assert!(found == original, "{what}: block {at} is not the image's"),
+                number => assert!(found == block(number), "{what}: block {at} is not of write {number} of {last}"),
             }
         }
         last
@@ -117,14 +120,19 @@ struct Lab {
     site: Site,
     options: NodeOptions,
     history: History,
-    _disk: Option<Disk>,
+    disk: Option<Disk>,
 }
 
 impl Lab {
     fn new(disk: Option<Disk>) -> Lab {
+        Lab::with(disk, IMAGE_BYTES)
+    }
+
+    /// With an image of so many bytes; the node's data lie on the disk, if there is one.
+    fn with(disk: Option<Disk>, image_bytes: u64) -> Lab {
         let site = Site::new();
         let path = site.path("image.raw");
-        write_image(&path, IMAGE_BYTES, 5);
+        write_image(&path, image_bytes, 5);
         site.import(&path, "debian");
         let image = std::fs::read(&path).expect("the image");
         // Reading for snapshots is not slowed down for the guest: that is measured elsewhere.
@@ -139,7 +147,7 @@ impl Lab {
                 ..NodeOptions::default()
             },
         };
-        Lab { site, options, history: History { image }, _disk: disk }
+        Lab { site, options, history: History { image }, disk }
     }
 
     fn start(&self) -> Node {
@@ -160,81 +168,52 @@ impl Lab {
     }
 
     /// The content of a volume that was made of a snapshot.
-    fn restored(&self, node: &Node, snapshot: &str, volume: &str) -> Vec<u8> {
-        let created = node.volley(&self.site, &["volume", "create", volume, "--snapshot", snapshot]);
-        assert_eq!(created.code, 0, "{created:?}");
-        let content = self.read(node, volume);
-        assert_eq!(node.volley(&self.site, &["volume", "delete", volume]).code, 0);
-        content
+    fn restored(&self, node: &Node, snapshot: &str) -> Vec<u8> {
+        restored(&self.site, &node.http, &node.data, snapshot, self.history.image.len() as u64)
     }
 
     fn read(&self, node: &Node, volume: &str) -> Vec<u8> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-        runtime.block_on(async {
-            let client = Client::connect(&node.data, Options::default()).await.expect("connect");
-            let volume = client.attach(volume).await.expect("attach");
-            let mut content = Vec::new();
-            while (content.len() as u64) < IMAGE_BYTES {
-                content.extend_from_slice(&volume.read(content.len() as u64, MIB as usize).await.expect("read"));
-            }
-            volume.detach().await.expect("detach");
-            content
-        })
+        read_volume(node, volume, self.history.image.len() as u64)
+    }
+
+    /// `volley check` of the node's data, which has been stopped.
+    fn check(&self) {
+        let (data, store) = (self.options.data.clone().unwrap_or_else(|| self.site.data()), self.site.objects_url());
+        let args = ["check", &data.display().to_string(), "--object-store", &store];
+        let outcome = match &self.disk {
+            Some(disk) => disk.run(env!("CARGO_BIN_EXE_volley"), &args),
+            None => self.site.volley(&args),
+        };
+        outcome.success();
     }
 }
 
-/// Snapshots of a volume whose guest writes all the time, each of which is the volume at one moment; half are deleted, and the others
-/// are still what they were.
-fn a_chain_of_snapshots(lab: &Lab) {
-    const SNAPSHOTS: usize = 24;
-    let node = lab.start();
-    assert_eq!(node.volley(&lab.site, &["volume", "create", "vm", "--snapshot", "debian"]).code, 0);
-    let writer = Writer::start(node.data.clone(), "vm", 0);
-    let mut taken = Vec::new();
-    for at in 0..SNAPSHOTS {
-        let (flushed, name) = (writer.flushed.load(Ordering::SeqCst), format!("s{at}"));
-        let shown = lab.take(&node, &name);
-        taken.push((name, flushed, writer.begun.load(Ordering::SeqCst), number(&shown, "stall_us")));
-    }
-    let end = writer.end();
-    let longest = taken.iter().map(|(.., stall, _)| *stall).max().expect("some");
-    println!("snapshots: {SNAPSHOTS} while a guest made {end} writes; it was held back for {longest} us at most");
-    for (name, ..) in taken.iter().step_by(2) {
-        let outcome = lab.site.volley(&["snapshot", "delete", name]);
-        assert_eq!(outcome.code, 0, "{outcome:?}");
-    }
-    assert_eq!(lab.site.volley(&["snapshot", "gc", "--grace", "0s"]).code, 0);
-    let mut last = 0;
-    for (at, (name, flushed, begun, ..)) in taken.iter().enumerate().skip(1).step_by(2) {
-        let content = lab.exported(name);
-        let found = lab.history.find(&content, name);
-        assert!((*flushed..=*begun).contains(&found), "{name}: write {found}, not {flushed} to {begun}");
-        assert!(found >= last, "{name} is older than the one before");
-        last = found;
-        if at % 6 == 1 {
-            assert!(
-                lab.restored(&node, name, &format!("r{at}")) == content,
-                "{name}: its volume differs from its export"
-            );
+/// The content of a volume that is made of a snapshot, and deleted.
+fn restored(site: &Site, http: &str, data: &str, snapshot: &str, bytes: u64) -> Vec<u8> {
+    let volume = format!("from-{snapshot}");
+    site.volley(&["--server", http, "volume", "create", &volume, "--snapshot", snapshot]).success();
+    let content = read(data, &volume, bytes);
+    site.volley(&["--server", http, "volume", "delete", &volume]).success();
+    content
+}
+
+/// What a guest reads of a volume, whole MiBs.
+pub(crate) fn read_volume(node: &Node, volume: &str, bytes: u64) -> Vec<u8> {
+    read(&node.data, volume, bytes)
+}
+
+fn read(server: &str, volume: &str, bytes: u64) -> Vec<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    runtime.block_on(async {
+        let client = Client::connect(server, Options::default()).await.expect("connect");
+        let volume = client.attach(volume).await.expect("attach");
+        let mut content = Vec::new();
+        while (content.len() as u64) < bytes {
+            content.extend_from_slice(&volume.read(content.len() as u64, MIB as usize).await.expect("read"));
         }
-    }
-    // With nothing written since, nothing is read or stored.
-    lab.take(&node, "quiet-1");
-    let quiet = lab.take(&node, "quiet-2");
-    assert_eq!((number(&quiet, "captured_chunks"), number(&quiet, "stored_bytes")), (0, 0), "{quiet}");
-    assert_eq!(lab.history.find(&lab.exported("quiet-2"), "quiet-2"), end);
-    assert!(node.stop().0.success());
-}
-
-#[test]
-fn a_chain_of_snapshots_is_the_volume_at_each_moment_and_outlives_its_links() {
-    a_chain_of_snapshots(&Lab::new(None));
-}
-
-#[test]
-fn so_it_is_on_a_store_that_shares_extents() {
-    let Some(disk) = Disk::new(FileSystem::Xfs, 1 << 30) else { return };
-    a_chain_of_snapshots(&Lab::new(Some(disk)));
+        volume.detach().await.expect("detach");
+        content
+    })
 }
 
 /// Killed at any time, while a snapshot is taken or not: those that exist are whole, those that do not can be taken again, and the volume has
@@ -244,7 +223,7 @@ fn a_node_killed_while_snapshots_are_taken_has_whole_ones_only() {
     let lab = Lab::new(None);
     let mut node = lab.start();
     assert_eq!(node.volley(&lab.site, &["volume", "create", "vm", "--snapshot", "debian"]).code, 0);
-    let writer = Writer::start(node.data.clone(), "vm", 0);
+    let writer = Writer::start(node.data.clone(), "vm", lab.history.blocks());
     for round in 0..6_u64 {
         let name = format!("k{round}");
         let mut taking =
@@ -282,7 +261,7 @@ fn a_volume_goes_back_is_cloned_grows_and_proves_what_it_is() {
     let node = lab.start();
     let volley = |args: &[&str]| node.volley(&lab.site, args);
     assert_eq!(volley(&["volume", "create", "vm", "--snapshot", "debian"]).code, 0);
-    let writer = Writer::start(node.data.clone(), "vm", 0);
+    let writer = Writer::start(node.data.clone(), "vm", lab.history.blocks());
     std::thread::sleep(Duration::from_millis(200));
     let end = writer.end();
     let proof = node.json(&lab.site, &["volume", "verify", "vm"])["report"].clone();
@@ -328,22 +307,13 @@ fn a_volume_goes_back_is_cloned_grows_and_proves_what_it_is() {
     assert!(node.stop().0.success());
 }
 
-fn flip(file: &Path, at: u64) {
-    use std::os::unix::fs::FileExt;
-    let file = std::fs::File::options().read(true).write(true).open(file).expect("the volume's file");
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).expect("read");
-    file.write_all_at(&[byte[0] ^ 1], at).expect("written");
-    file.sync_all().expect("synced");
-}
-
 /// The node's whole data directory is lost: a fresh node with the same object store has every snapshot, and volumes from them.
 #[test]
 fn a_fresh_node_restores_what_a_lost_one_had_in_its_snapshots() {
     let lab = Lab::new(None);
     let node = lab.start();
     assert_eq!(node.volley(&lab.site, &["volume", "create", "vm", "--snapshot", "debian"]).code, 0);
-    let writer = Writer::start(node.data.clone(), "vm", 0);
+    let writer = Writer::start(node.data.clone(), "vm", lab.history.blocks());
     std::thread::sleep(Duration::from_millis(150));
     let end = writer.end();
     lab.take(&node, "backup");
@@ -352,7 +322,7 @@ fn a_fresh_node_restores_what_a_lost_one_had_in_its_snapshots() {
     let node = lab.start();
     let images = node.get("/v1/snapshots");
     assert!(images.contains("\"backup\"") && images.contains("\"debian\""), "{images}");
-    assert_eq!(lab.history.find(&lab.restored(&node, "backup", "again"), "again"), end);
+    assert_eq!(lab.history.find(&lab.restored(&node, "backup"), "again"), end);
     assert!(node.stop().0.success());
 }
 

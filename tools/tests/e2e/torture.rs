@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub(crate) use kills::{Fio, SetAtEnd, verify_with_fio};
 use workers::{Place, Tolerance, Workers};
 
 use crate::disk::{Disk, FileSystem};

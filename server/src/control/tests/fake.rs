@@ -112,6 +112,7 @@ impl Node {
             snapshot_bandwidth: None,
             scrub_bandwidth: None,
             scrub_pause: None,
+            gc_every: None,
             stores: vec![store("a"), store("b")],
             default_rate: HydrationRate::Unlimited,
             overcommit: Overcommit::default(),
@@ -382,6 +383,8 @@ fn volume_command(volumes: &mut BTreeMap<String, VolumeStatus>, shard: usize, co
         Command::DropCache { reply, .. } => {
             drop(reply.send(Ok(Dropped { chunks_ram: 1, chunks_disk: 2 })));
         }
+        Command::ForgetManifest { reply, .. } => drop(reply.send(())),
+        Command::ScrubCache { reply, .. } => drop(reply.send(None)),
         Command::UseBootSet { reply, .. } | Command::PrefetchImage { reply, .. } => drop(reply.send(Ok(()))),
         Command::TakeBoots { reply } => drop(reply.send(Vec::new())),
         Command::Lineage { reply, name } => drop(reply.send(Err(unknown(&name)))),

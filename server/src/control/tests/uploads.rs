@@ -247,3 +247,47 @@ fn a_restart_ends_uploads_and_removes_their_markers() {
     start(&node, "a", &json!({"size_bytes": 4096}));
     assert_eq!(node.object(&import_key("b")), Some(marker::encode(7)));
 }
+
+#[test]
+fn requests_blocks_and_uploads_are_counted() {
+    let node = Node::start(1);
+    put_blocks(&node, "monday", 1, &[1, 2, 0, 3]);
+    let metric = |name: &str| -> u64 {
+        let (_, _, body) = node.bytes("/metrics");
+        let text = String::from_utf8(body).unwrap();
+        let line = text.lines().find(|line| line.starts_with(&format!("volley_{name} ")));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("no {name} in {text}"))
+    };
+    let requests = |operation: &str| {
+        let of = |name: &str| metric(&format!("block_requests_{name}{{operation=\"{operation}\"}}"));
+        (of("total"), of("failed_total"))
+    };
+    node.get("/v1/snapshots/monday/blocks");
+    node.get("/v1/snapshots/nobody/blocks");
+    node.get("/v1/snapshots/monday/changed?since=monday");
+    block_of(&node, "monday", 0);
+    block_of(&node, "monday", 3);
+    let (first, second) =
+        (start(&node, "a", &json!({"parent": "monday"})), start(&node, "b", &json!({"size_bytes": BLOCK})));
+    assert_eq!(metric("uploads_open"), 2);
+    assert_eq!(put(&node, &first, 0, &content(7, BLOCK)).0, 200);
+    assert_eq!(put(&node, &first, 9, &content(7, BLOCK)).0, 400);
+    assert_eq!(complete(&node, &first, 1).0, 200);
+    assert_eq!(node.delete(&format!("/v1/uploads/{second}")).0, 204);
+    for (operation, counts) in [
+        ("list", (2, 1)),
+        ("changed", (1, 0)),
+        ("read", (2, 0)),
+        ("start", (2, 0)),
+        ("put", (2, 1)),
+        ("complete", (1, 0)),
+        ("abandon", (1, 0)),
+    ] {
+        assert_eq!(requests(operation), counts, "{operation}");
+    }
+    let bytes = (metric("block_read_bytes_total"), metric("block_put_bytes_total"));
+    assert_eq!(bytes, ((BLOCK + 512) as u64, BLOCK as u64));
+    let ends = ["open", "started_total", "completed_total", "abandoned_total", "expired_total"]
+        .map(|name| metric(&format!("uploads_{name}")));
+    assert_eq!(ends, [0, 2, 1, 1, 0]);
+}

@@ -108,6 +108,7 @@ pub(in crate::control) async fn put(
     control.store_sealed(&upload, &mut draft).await?;
     draft.put(index, &block).map_err(|e| Problem::invalid(e.to_string()))?;
     let blocks = draft.blocks_put();
+    control.0.block_tally.note_put(len as usize);
     upload.blocks.store(blocks, Ordering::Relaxed);
     Ok(Json(BlockPut { index, length: len, digest: digest_text(&digest), blocks }))
 }
@@ -286,6 +287,7 @@ impl Control {
             _place: place,
         });
         lock(&uploads.open).insert(id, upload.clone());
+        uploads.tally.started.fetch_add(1, Ordering::Relaxed);
         Ok(upload)
     }
 

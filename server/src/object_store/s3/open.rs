@@ -5,7 +5,7 @@ use crate::object_store::ObjectError;
 use crate::platform::Platform;
 use crate::snapshot::deletion::DELETION_PREFIX;
 use crate::snapshot::gc::condemned::CONDEMNED_PREFIX;
-use crate::snapshot::gc::rewrite::LEASE_PREFIX;
+use crate::snapshot::gc::lease::LEASE_PREFIX;
 use crate::snapshot::{IMPORT_PREFIX, MANIFEST_PREFIX, PACK_PREFIX, REFERENCE_PREFIX};
 
 use super::S3Store;

@@ -26,6 +26,8 @@ pub struct CheckedChunk {
     pub rest_is_zero: bool,
     /// Whether guests may have changed it since the base; `None`: nobody knows.
     pub changed: Option<bool>,
+    /// If it was asked for: what of the chunk is in the volume, each run of sectors with its offset in the device.
+    pub content: Vec<(u64, Vec<u8>)>,
 }
 
 /// A volume to cut.

@@ -10,6 +10,7 @@ use hashbrown::{HashMap, HashSet};
 use serde::Serialize;
 
 use super::condemned;
+use super::lease::{self, LEASE_PREFIX, Lease};
 use super::mark::{Depth, Mark, mark};
 use super::{ABANDONED_MS, Clock, id_ms, open_imports};
 use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
@@ -19,10 +20,6 @@ use crate::snapshot::{
     catalog, decode_chunk, deletion, import_key, manifest_key, marker, pack_key, parse_pack_key,
 };
 
-pub const LEASE_PREFIX: &str = "rewrites/";
-const LEASE_HEAD: &str = "volley-rewrite 1 ";
-/// A lease is held for a handful of requests; one of this age belongs to a rewrite that is dead.
-const LEASE_MS: u64 = 15 * 60_000;
 /// Live chunks that lie side by side are read together, up to this.
 const READ_BYTES_MAX: u64 = 8 << 20;
 
@@ -65,14 +62,6 @@ pub async fn rewrite<S: ObjectStore>(
     Ok(report)
 }
 
-/// Whether a rewrite is about to replace the manifest of the snapshot.
-///
-/// # Errors
-/// When the object store fails.
-pub async fn lease_is_held<S: ObjectStore>(store: &S, clock: &impl Clock, name: &str) -> Result<bool, ObjectError> {
-    Ok(Lease::read(store, name).await?.is_some_and(|id| !is_expired(id, clock)))
-}
-
 /// Drops the markers and leases of rewrites that are dead.
 ///
 /// # Errors
@@ -88,7 +77,7 @@ pub async fn drop_abandoned<S: ObjectStore>(store: &S, clock: &impl Clock) -> Re
     }
     for object in store.list(LEASE_PREFIX).await? {
         let Some(name) = object.key.strip_prefix(LEASE_PREFIX) else { continue };
-        if Lease::read(store, name).await?.is_some_and(|id| is_expired(id, clock)) {
+        if Lease::read(store, name).await?.is_some_and(|id| lease::is_expired(id, clock)) {
             store.delete(&object.key).await?;
         }
     }
@@ -359,91 +348,37 @@ async fn replace<S: ObjectStore>(
     let Some(lease) = Lease::take(store, clock, name).await? else {
         return Ok(Replaced::Left("another rewrite is at it"));
     };
-    let replaced = lease.replace(store, clock, claim, copied).await;
+    let replaced = replace_under(&lease, store, clock, claim, copied).await;
     lease.end(store).await?;
     replaced
 }
 
-/// The right to replace the manifest of a snapshot, as long as it is held.
-struct Lease<'a> {
-    name: &'a str,
-    id: u128,
-}
-
-impl<'a> Lease<'a> {
-    async fn take<S: ObjectStore>(
-        store: &S,
-        clock: &impl Clock,
-        name: &'a str,
-    ) -> Result<Option<Lease<'a>>, CatalogError> {
-        if let Some(id) = Lease::read(store, name).await? {
-            if !is_expired(id, clock) {
-                return Ok(None);
-            }
-            store.delete(&lease_key(name)).await?;
-        }
-        let id = clock.timed_id();
-        match store.put_if_absent(&lease_key(name), format!("{LEASE_HEAD}{id:032x}\n").as_bytes()).await {
-            Ok(()) => Ok(Some(Lease { name, id })),
-            Err(ObjectError::AlreadyExists(_)) => Ok(None),
-            Err(e) => Err(e.into()),
-        }
+async fn replace_under<S: ObjectStore>(
+    lease: &Lease<'_>,
+    store: &S,
+    clock: &impl Clock,
+    claim: &Claim,
+    copied: &Copied,
+) -> Result<Replaced, CatalogError> {
+    // The intention first. If there is none, and the manifest is there after that, then whoever deletes it sees the lease.
+    let intention = deletion::intention(store, lease.name).await?;
+    let manifest = match catalog::load(store, lease.name).await {
+        Ok(manifest) => manifest,
+        Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => return Ok(Replaced::Left("it was deleted")),
+        Err(e) => return Err(e),
+    };
+    let Some(new) = relocated(&manifest, copied)? else { return Ok(Replaced::Needless) };
+    if intention.is_some_and(|intention| deletion::concerns(&intention, manifest.id)) {
+        return Ok(Replaced::Left("it is to be deleted"));
     }
-
-    /// The id of the lease on a snapshot, if there is one. One that can't be read is as old as can be.
-    async fn read<S: ObjectStore>(store: &S, name: &str) -> Result<Option<u128>, ObjectError> {
-        let bytes = match store.get(&lease_key(name)).await {
-            Err(ObjectError::NotFound(_)) => return Ok(None),
-            other => other?,
-        };
-        let text = std::str::from_utf8(&bytes).ok();
-        let digits = text.and_then(|text| text.strip_prefix(LEASE_HEAD)?.strip_suffix('\n'));
-        Ok(Some(digits.and_then(|digits| u128::from_str_radix(digits, 16).ok()).unwrap_or(0)))
+    if !claim.is_in_place(store).await? {
+        return Ok(Replaced::Left("the rewrite was dropped by 'volley image gc --incomplete'"));
     }
-
-    async fn replace<S: ObjectStore>(
-        &self,
-        store: &S,
-        clock: &impl Clock,
-        claim: &Claim,
-        copied: &Copied,
-    ) -> Result<Replaced, CatalogError> {
-        // The intention first. If there is none, and the manifest is there after that, then whoever deletes it sees the lease.
-        let intention = deletion::intention(store, self.name).await?;
-        let manifest = match catalog::load(store, self.name).await {
-            Ok(manifest) => manifest,
-            Err(CatalogError::Unknown(_) | CatalogError::Incomplete(_)) => return Ok(Replaced::Left("it was deleted")),
-            Err(e) => return Err(e),
-        };
-        let Some(new) = relocated(&manifest, copied)? else { return Ok(Replaced::Needless) };
-        if intention.is_some_and(|intention| deletion::concerns(&intention, manifest.id)) {
-            return Ok(Replaced::Left("it is to be deleted"));
-        }
-        if !claim.is_in_place(store).await? {
-            return Ok(Replaced::Left("the rewrite was dropped by 'volley image gc --incomplete'"));
-        }
-        let is_ours = Lease::read(store, self.name).await? == Some(self.id);
-        if !is_ours || clock.now_ms() >= id_ms(self.id).saturating_add(LEASE_MS / 2) {
-            return Ok(Replaced::Left("it took too long"));
-        }
-        store.put(&manifest_key(self.name), &new.encode()).await?;
-        Ok(Replaced::Yes)
+    if !lease.is_held(store, clock).await? {
+        return Ok(Replaced::Left("it took too long"));
     }
-
-    async fn end<S: ObjectStore>(&self, store: &S) -> Result<(), ObjectError> {
-        if Lease::read(store, self.name).await? == Some(self.id) {
-            store.delete(&lease_key(self.name)).await?;
-        }
-        Ok(())
-    }
-}
-
-fn lease_key(name: &str) -> String {
-    format!("{LEASE_PREFIX}{name}")
-}
-
-fn is_expired(id: u128, clock: &impl Clock) -> bool {
-    clock.now_ms() >= id_ms(id).saturating_add(LEASE_MS)
+    store.put(&manifest_key(lease.name), &new.encode()).await?;
+    Ok(Replaced::Yes)
 }
 
 /// The same snapshot with its chunks where they are now; `None` if it references none of the packs.

@@ -232,13 +232,17 @@ fn a_chunk_that_rotted_on_the_disk_is_found_and_put_back() {
         };
         let base = Some(lab.image.snapshot.clone());
         let check = |chunk, base: Option<SnapshotRef>| {
-            let check = move |reply| Command::CheckChunk { volume: id, chunk, len: CHUNK, base, reply };
+            let check =
+                move |reply| Command::CheckChunk { volume: id, chunk, len: CHUNK, base, content: chunk == 3, reply };
             node.command(node.owner("vm"), check)
         };
         for chunk in 0..CHUNKS {
             let checked = check(chunk, base.clone()).await.expect("checked");
             assert_eq!(checked.changed, Some(chunk == 3));
             assert_eq!(checked.digest == Some(digest(chunk)), ![3, 8].contains(&chunk), "chunk {chunk}");
+            let told: Vec<(u64, usize)> = checked.content.iter().map(|(at, bytes)| (*at, bytes.len())).collect();
+            let whole = vec![(u64::from(3 * CHUNK), CHUNK as usize)];
+            assert_eq!(told, if chunk == 3 { whole } else { Vec::new() }, "chunk {chunk}");
         }
         let content = lab.image.content.as_slice();
         let repair = |chunk: u32, base: Option<SnapshotRef>| {

@@ -1,7 +1,7 @@
 //! `volley volume rollback`, `clone` and `verify`: what a volume was, and what it is.
 
 use clap::Args;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::cli::api::{Api, fields_of, request_of, segment};
@@ -12,6 +12,12 @@ use crate::units::format_size;
 
 /// Chunks that the server looks at for one request.
 const STEP_CHUNKS: u32 = 128;
+/// Of chunks that are compared by sectors less: an answer names all runs of a step this large, whatever the size of the chunks.
+const STEP_CHUNKS_OF_SECTORS: u32 = 16;
+const STEP_BYTES_OF_SECTORS: u32 = 64 << 20;
+/// Runs in a report, and in a sentence.
+const RUNS_REPORTED: usize = 10_000;
+const RUNS_SAID: usize = 8;
 
 #[derive(Debug, Args)]
 pub struct RollbackArgs {
@@ -49,6 +55,9 @@ pub struct VerifyArgs {
     /// Put back what is damaged, from the object store.
     #[arg(long)]
     repair: bool,
+    /// Compare chunks that guests wrote to with the object store, sector by sector, and say which sectors differ.
+    #[arg(long)]
+    sectors: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -66,6 +75,26 @@ struct Step {
     damaged: u32,
     repaired: u32,
     damaged_chunks: Vec<u32>,
+    sectors: Option<Differing>,
+}
+
+/// What differs in chunks that are not equal as a whole.
+#[derive(Debug, Default, Deserialize, Serialize)]
+struct Differing {
+    chunks_compared: u32,
+    differing_bytes: u64,
+    differing_runs: u64,
+    /// The first of them, in order.
+    runs: Vec<Run>,
+    /// Where the last run ends.
+    #[serde(skip)]
+    end: u64,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+struct Run {
+    offset: u64,
+    bytes: u64,
 }
 
 pub(super) fn roll_back(api: &Api, globals: &Globals, args: &RollbackArgs) -> CliResult {
@@ -105,8 +134,9 @@ pub(super) fn verify(api: &Api, globals: &Globals, args: &VerifyArgs) -> CliResu
     let mut from = 0;
     loop {
         let path = format!("/v1/volumes/{}/verify", segment(&args.name)?);
-        let step =
-            api.post(&format!("{path}?from={from}&chunks={STEP_CHUNKS}&repair={}", args.repair), &Value::Null)?;
+        let query =
+            format!("from={from}&chunks={}&repair={}&sectors={}", sum.step_chunks(args), args.repair, args.sectors);
+        let step = api.post(&format!("{path}?{query}"), &Value::Null)?;
         let step: Step = fields_of(&step)?;
         if from > 0 && step.snapshot_id != sum.snapshot_id {
             return Err(CliError::new("conflict", "a snapshot of the volume was taken meanwhile: verify again"));
@@ -124,7 +154,7 @@ pub(super) fn verify(api: &Api, globals: &Globals, args: &VerifyArgs) -> CliResu
     let report = sum.report(&args.name, snapshot.as_ref());
     match globals.json {
         true => print_json(&report)?,
-        false => print_line(&sum.sentence(&args.name))?,
+        false => sum.sentences(&args.name).iter().try_for_each(|line| print_line(line))?,
     }
     match sum.damaged - sum.repaired {
         0 => Ok(()),
@@ -161,13 +191,24 @@ impl Step {
         self.damaged += step.damaged;
         self.repaired += step.repaired;
         self.damaged_chunks.extend(step.damaged_chunks);
+        if let Some(differing) = step.sectors {
+            self.sectors.get_or_insert_default().add(differing);
+        }
         (self.snapshot, self.snapshot_id, self.next) = (step.snapshot, step.snapshot_id, step.next);
         (self.size_bytes, self.chunk_bytes, self.chunks) = (step.size_bytes, step.chunk_bytes, step.chunks);
     }
 
+    fn step_chunks(&self, args: &VerifyArgs) -> u32 {
+        match (args.sectors, self.chunk_bytes) {
+            (false, _) => STEP_CHUNKS,
+            (true, 0) => STEP_CHUNKS_OF_SECTORS,
+            (true, chunk_bytes) => (STEP_BYTES_OF_SECTORS / chunk_bytes).max(1),
+        }
+    }
+
     /// What was found, with a digest over all of it.
     fn report(&self, volume: &str, snapshot: Option<&Value>) -> Value {
-        let body = json!({
+        let mut body = json!({
             "volume": volume,
             "snapshot": self.snapshot,
             "snapshot_id": self.snapshot_id,
@@ -183,16 +224,58 @@ impl Step {
             "chunks_repaired": self.repaired,
             "damaged_chunks": self.damaged_chunks,
         });
+        if let Some(differing) = &self.sectors {
+            body["sectors"] = json!(differing);
+        }
         let digest = blake3::hash(body.to_string().as_bytes()).to_hex().to_string();
         json!({"report": body, "blake3": digest})
     }
 
-    fn sentence(&self, volume: &str) -> String {
+    fn sentences(&self, volume: &str) -> Vec<String> {
         let snapshot = self.snapshot.as_ref().map_or("zeroes".to_owned(), |name| format!("snapshot {name}"));
-        format!(
+        let counts = format!(
             "volume {volume} is {snapshot} in {} of {} chunks, read from its disk; {} changed by guests, {} not in the volume yet, \
              {} changed by nobody knows whom before a crash, {} damaged, {} of them repaired",
             self.equal, self.chunks, self.changed, self.absent, self.unexplained, self.damaged, self.repaired
-        )
+        );
+        let damaged = if self.damaged > self.repaired { " and the damaged chunks" } else { "" };
+        let differing = self
+            .sectors
+            .iter()
+            .map(|differing| format!("volume {volume} equals {snapshot} except for {}{damaged}", differing.sentence()));
+        std::iter::once(counts).chain(differing).collect()
+    }
+}
+
+impl Differing {
+    /// Joins the next step, whose first run may go on where the last one ended.
+    fn add(&mut self, step: Differing) {
+        self.chunks_compared += step.chunks_compared;
+        self.differing_bytes += step.differing_bytes;
+        for run in step.runs {
+            let joins = self.differing_runs > 0 && run.offset == self.end;
+            self.end = run.offset + run.bytes;
+            if !joins {
+                self.differing_runs += 1;
+                if self.runs.len() < RUNS_REPORTED {
+                    self.runs.push(run);
+                }
+            } else if self.differing_runs == self.runs.len() as u64
+                && let Some(last) = self.runs.last_mut()
+            {
+                last.bytes += run.bytes;
+            }
+        }
+    }
+
+    fn sentence(&self) -> String {
+        if self.differing_runs == 0 {
+            return "nothing".to_owned();
+        }
+        let runs: Vec<String> =
+            self.runs.iter().take(RUNS_SAID).map(|run| format!("{} at {}", run.bytes, run.offset)).collect();
+        let more = self.differing_runs - runs.len() as u64;
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!("{} bytes in {} runs of sectors: {}{more}", self.differing_bytes, self.differing_runs, runs.join(", "))
     }
 }

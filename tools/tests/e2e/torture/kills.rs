@@ -14,6 +14,7 @@ const VOLUMES: u32 = 2;
 /// The server lives up to so long in a round.
 const LIFE_MAX: Duration = Duration::from_millis(700);
 const AGENT_ROUNDS: u64 = 12;
+const FIO: Fio = Fio { iops: 1500, bytes: "8M" };
 
 #[test]
 fn nothing_is_lost_when_the_server_is_killed_on_ext4() {
@@ -43,7 +44,7 @@ fn kill_the_server(file_system: FileSystem) {
     let uri = agent.uri("fio-0");
     std::thread::scope(|threads| {
         let _done = SetAtEnd(&done);
-        let fio = threads.spawn(|| verify_with_fio(&uri, &done));
+        let fio = threads.spawn(|| verify_with_fio(&uri, &done, &FIO));
         let mut left = rounds;
         while left > 0 {
             generation += 1;
@@ -84,8 +85,14 @@ fn generation_of_kills(arena: &mut Arena, agent: &Agent, generation: u64, rounds
     node.kill();
 }
 
+/// What fio does until it verifies.
+pub(crate) struct Fio {
+    pub(crate) iops: u32,
+    pub(crate) bytes: &'static str,
+}
+
 /// fio writes, and verifies what it wrote, until told to end; returns how often it did.
-fn verify_with_fio(uri: &str, done: &AtomicBool) -> u64 {
+pub(crate) fn verify_with_fio(uri: &str, done: &AtomicBool, fio: &Fio) -> u64 {
     let dir = Site::new();
     let uri = format!("--uri={uri}");
     let mut runs = 0;
@@ -99,8 +106,8 @@ fn verify_with_fio(uri: &str, done: &AtomicBool) -> u64 {
             "--bs=4k",
             "--iodepth=16",
             "--size=32M",
-            "--io_size=8M",
-            "--rate_iops=1500",
+            &format!("--io_size={}", fio.bytes),
+            &format!("--rate_iops={}", fio.iops),
             "--verify=crc32c",
             "--verify_fatal=1",
             "--fsync=32",
@@ -113,7 +120,7 @@ fn verify_with_fio(uri: &str, done: &AtomicBool) -> u64 {
 }
 
 /// Set when the test goes on and when it fails.
-struct SetAtEnd<'a>(&'a AtomicBool);
+pub(crate) struct SetAtEnd<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for SetAtEnd<'_> {
     fn drop(&mut self) {

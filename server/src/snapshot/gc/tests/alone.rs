@@ -4,7 +4,7 @@ use super::world::*;
 use crate::object_store::ObjectStore;
 use crate::snapshot::claim::Claim;
 use crate::snapshot::deletion::{Outcome, deletion_key};
-use crate::snapshot::gc::rewrite::LEASE_PREFIX;
+use crate::snapshot::gc::lease::LEASE_PREFIX;
 use crate::snapshot::gc::{Clock, GcOptions, Verdict, collect, usage};
 use crate::snapshot::{
     CatalogError, IMPORT_PREFIX, PACK_PREFIX, catalog, import_key, manifest_key, marker, merkle, pack_key,

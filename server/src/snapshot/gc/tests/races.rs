@@ -68,6 +68,7 @@ fn saved() -> World {
 async fn run(world: World, work: Work, grace_ms: u64, shared: bool) {
     match work {
         Work::Take(name, labels) => match world.take(name, &labels).await {
+            Ok(()) if !shared => drop(world.made.borrow_mut().insert(name)),
             Ok(()) | Err(ClaimError::NameTaken(_)) => {}
             Err(ClaimError::Interfered(_) | ClaimError::Store(ObjectError::AlreadyExists(_))) if shared => {}
             Err(e) => panic!("import of {name}: {e}"),
@@ -138,6 +139,9 @@ fn check(site: &World, works: &[Work], grace_ms: u64, next: impl FnMut(&[usize])
     let left = world.verify();
     for name in world.deleted.borrow().iter() {
         assert!(!left.contains_key(*name), "{name} is back after its deletion");
+    }
+    for name in world.made.borrow().iter() {
+        assert!(left.contains_key(*name), "{name} was made and is gone");
     }
     // The killed leave markers of imports, which an operator drops, and references, which their nodes do.
     world.clock.advance(ABANDONED_MS);
@@ -366,4 +370,18 @@ fn a_snapshot_of_a_volume_and_the_deletion_of_what_it_builds_on() {
 #[test]
 fn a_deletion_is_not_undone_by_a_rewrite() {
     random_orders(0..2000, 0, |_| vec![Work::Rewrite, Work::Delete("a"), Work::Delete("b")]);
+}
+
+/// Nodes that collect every so often find the same intention at the same time, and the name is free as soon as one has carried it out.
+#[test]
+fn collections_that_carry_out_the_same_deletion_spare_a_new_snapshot_of_the_name() {
+    let site = site();
+    block_on(site.create_volume("a", "node-1")).unwrap();
+    block_on(crate::snapshot::deletion::delete(&site.store, &site.clock, "a", true)).unwrap();
+    block_on(site.let_go("a", "node-1")).unwrap();
+    random_orders_at(&site, 0..4000, 0, |random| {
+        let mut works = vec![Work::Collect, Work::Collect, Work::Take("a", vec![3, 8]), Work::Take("c", vec![2, 3])];
+        works.truncate(3 + random.below(2));
+        works
+    });
 }

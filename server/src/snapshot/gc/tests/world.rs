@@ -218,11 +218,13 @@ pub(super) struct World {
     pub(super) clock: TestClock,
     /// Names whose deletion was reported.
     pub(super) deleted: Rc<RefCell<BTreeSet<&'static str>>>,
+    /// Names that were made and that nobody deletes.
+    pub(super) made: Rc<RefCell<BTreeSet<&'static str>>>,
 }
 
 impl World {
     pub(super) fn new() -> World {
-        World { store: MemStore::new(), clock: TestClock::default(), deleted: Rc::default() }
+        World { store: MemStore::new(), clock: TestClock::default(), deleted: Rc::default(), made: Rc::default() }
     }
 
     /// The same objects and clock behind a store of another kind.
