@@ -95,6 +95,8 @@ pub enum Mutation {
     RollbackKeepsResidency,
     /// A guest's write goes to the disk before the journal has it that the chunk may change.
     ChangeNotAnnounced,
+    /// A snapshot becomes the base while what was captured of it is not durable in the volume.
+    BaseBeforeSync,
     /// Of a write to several chunks only the first one's old content is put aside for a snapshot.
     SecondChunkOvertakesCapture,
     /// A snapshot that was given up counts as one that was taken.
@@ -112,7 +114,7 @@ pub enum Mutation {
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 51] = {
+    pub const ALL: [Mutation; 52] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -159,6 +161,7 @@ impl Mutation {
             CutDoesNotWaitForWrites,
             RollbackKeepsResidency,
             ChangeNotAnnounced,
+            BaseBeforeSync,
             SecondChunkOvertakesCapture,
             GivenUpForgetsChanges,
             CheckpointForgetsChanges,

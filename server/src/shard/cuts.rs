@@ -425,13 +425,22 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volume.changes.borrow_mut().end(cut, None);
             return Ok(());
         }
-        let admitted = self.0.journal.admit().await;
-        if volume.changes.borrow_mut().end(cut, snapshot.filter(|_| admitted.is_ok())) && admitted.is_ok() {
+        let ready = self.before_lineage(&volume).await;
+        if volume.changes.borrow_mut().end(cut, snapshot.filter(|_| ready.is_ok())) && ready.is_ok() {
             let lineage = volume.changes.borrow_mut().recorded();
             let lsn = self.0.journal.append(&Record::Lineage { volume: id, lineage });
             return self.0.journal.commit(lsn).await;
         }
-        admitted
+        ready
+    }
+
+    /// What was captured is durable in the volume too: a write that no flush has covered may be in the snapshot, and a power cut that takes it
+    /// from the volume would leave a chunk that differs from its base, and that nobody has changed since.
+    async fn before_lineage(&self, volume: &Volume<P>) -> Result<()> {
+        if !mutation::on(Mutation::BaseBeforeSync) {
+            volume.sync(&self.0.journal, &self.0.counters).await?;
+        }
+        self.0.journal.admit().await
     }
 
     /// Frees what was staged for a volume.

@@ -107,6 +107,7 @@ mutations! {
     cut_does_not_wait_for_writes CutDoesNotWaitForWrites
     rollback_keeps_residency RollbackKeepsResidency
     change_not_announced ChangeNotAnnounced
+    base_before_sync BaseBeforeSync
     second_chunk_overtakes_capture SecondChunkOvertakesCapture
     given_up_forgets_changes GivenUpForgetsChanges
     checkpoint_forgets_changes CheckpointForgetsChanges
