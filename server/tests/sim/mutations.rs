@@ -111,6 +111,9 @@ mutations! {
     given_up_forgets_changes GivenUpForgetsChanges
     checkpoint_forgets_changes CheckpointForgetsChanges
     rollback_overtakes_fills RollbackOvertakesFills
+    cut_of_another_volume CutOfAnotherVolume
+    deletion_during_rollback DeletionDuringRollback
+    staging_closed_under_writes StagingClosedUnderWrites
     condemned_packs_shared CondemnedPacksShared
     collection_ignores_imports CollectionIgnoresImports
     deletion_ignores_references DeletionIgnoresReferences

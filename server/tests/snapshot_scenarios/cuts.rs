@@ -13,7 +13,7 @@ use crate::support::{CHUNK, Lab, Options, status_of};
 use crate::{CHUNKS, Guest, capture, cut, cut_frozen, end, freeze, lineage, staging_files, whole};
 
 /// Snapshots of a volume whose guest writes all the time, hydrating or not, on stores that share extents or not. Each builds on the one before.
-pub fn snapshots_of_a_busy_volume(seed: u64) -> u64 {
+fn snapshots_of_a_busy_volume(seed: u64) -> u64 {
     let lab = Lab::new(seed);
     let mut rng = SimRng::stream(seed, "scenario");
     let shares = rng.coin();
@@ -77,10 +77,6 @@ fn a_snapshot_is_the_volume_at_its_cut_whatever_guests_write_meanwhile() {
 
 #[test]
 fn after_a_clean_stop_only_what_changed_is_read_and_after_a_crash_everything_is() {
-    across_restarts();
-}
-
-pub fn across_restarts() {
     let lab = Lab::new(3);
     let mut rng = SimRng::new(3);
     let mut content = lab.image.content.clone();
@@ -159,7 +155,7 @@ fn volumes_of_a_group_are_cut_at_one_moment() {
     (0..20).for_each(a_group);
 }
 
-pub fn a_group(seed: u64) {
+fn a_group(seed: u64) {
     {
         let lab = Lab::new(seed);
         lab.world.block_on(async {

@@ -146,31 +146,3 @@ fn staging_files(world: &SimWorld) -> usize {
     let staging = std::path::Path::new(support::STORE).join("staging");
     world.block_on(async { platform.list_dir(&staging).await.map_or(0, |entries| entries.len()) })
 }
-
-/// Deliberate bugs: each must be caught by the scenarios that pass without it.
-#[cfg(feature = "mutations")]
-mod mutations {
-    use std::panic::{AssertUnwindSafe, catch_unwind};
-
-    use volley_server::mutation::{self, Mutation};
-
-    use super::cuts::{a_group, across_restarts, snapshots_of_a_busy_volume};
-    use super::replaced::a_rollback;
-
-    const SEEDS: u64 = 60;
-
-    #[test]
-    fn every_bug_of_snapshots_is_caught() {
-        for bug in Mutation::OF_SNAPSHOTS {
-            let fails = |run: &dyn Fn()| catch_unwind(AssertUnwindSafe(|| mutation::with(bug, run))).is_err();
-            let seed = (0..SEEDS).find(|seed| {
-                fails(&|| assert!(snapshots_of_a_busy_volume(*seed) < u64::MAX))
-                    || fails(&|| assert!(a_rollback(*seed) <= 1))
-                    || fails(&|| a_group(*seed))
-                    || (*seed == 0 && fails(&across_restarts))
-            });
-            let seed = seed.unwrap_or_else(|| panic!("{bug:?} is not caught by {SEEDS} seeds"));
-            println!("mutation {bug:?}: caught by seed {seed}");
-        }
-    }
-}

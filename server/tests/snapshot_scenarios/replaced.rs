@@ -44,7 +44,7 @@ fn a_rollback_is_whole_or_not_at_all_and_fills_from_before_do_not_come_through()
     assert!(rolled_back > 25, "{rolled_back} were not cut short");
 }
 
-pub fn a_rollback(seed: u64) -> u32 {
+fn a_rollback(seed: u64) -> u32 {
     {
         let lab = Lab::new(seed);
         let mut rng = SimRng::stream(seed, "rollback");
