@@ -43,8 +43,10 @@ pub struct Control<'a> {
     pub store: Patient,
     /// Whoever makes or needs references, one at a time: the names of those that are there.
     references: Mutex<RefCell<BTreeSet<String>>>,
-    /// What snapshots that are being taken build on.
+    /// What snapshots that take long build on.
     pub built_on: RefCell<Vec<Arc<str>>>,
+    /// Volumes that were looked up for a snapshot, and are not cut yet.
+    pub looked_up: RefCell<Vec<VolumeRc>>,
 }
 
 impl Control<'_> {
@@ -57,6 +59,7 @@ impl Control<'_> {
             store: Patient { objects: objects.clone(), sim: sim.clone() },
             references: Mutex::default(),
             built_on: RefCell::default(),
+            looked_up: RefCell::default(),
             sim,
         }
     }
@@ -91,8 +94,11 @@ impl Control<'_> {
     async fn any_order(&self) {
         let many = self.guests.snapshots_taken.known().len() > SNAPSHOTS_MAX;
         match self.below(16) {
-            // What others build on is pulled from under them.
-            _ if !self.built_on.borrow().is_empty() && self.below(3) == 0 => self.delete_and_collect().await,
+            // What others are at is pulled from under them.
+            _ if !self.built_on.borrow().is_empty() && self.below(2) == 0 => self.delete_and_collect().await,
+            _ if !self.looked_up.borrow().is_empty() && self.below(2) == 0 => {
+                self.done("rollback", self.roll_back().await);
+            }
             _ if many && self.below(2) == 0 => self.done("deletion", self.delete_one().await),
             0..8 => self.done("snapshot", self.take().await),
             8..10 => self.done("volume of a snapshot", self.create().await),
@@ -105,7 +111,10 @@ impl Control<'_> {
 
     async fn delete_and_collect(&self) {
         self.done("deletion", self.delete_one().await);
-        self.done("collection", self.collect().await);
+        if self.below(2) == 0 {
+            self.pause(600_000).await;
+        }
+        self.done("collection", self.collect_after(Duration::ZERO, false).await);
     }
 
     /// Counts it, or panics unless this life has an excuse for the error.
@@ -220,7 +229,8 @@ impl Control<'_> {
     /// A volume goes back to a snapshot, attached or not, while guests write and chunks come; perhaps to another one
     /// right after that.
     async fn roll_back(&self) -> Result<bool> {
-        let Some(volume) = self.any_volume() else { return Ok(false) };
+        let looked_up = self.looked_up.borrow().last().cloned();
+        let Some(volume) = looked_up.or_else(|| self.any_volume()) else { return Ok(false) };
         let done = self.roll_back_to_any(&volume).await?;
         if !done || self.below(3) > 0 {
             return Ok(done);
@@ -314,10 +324,12 @@ impl Control<'_> {
     async fn delete_one(&self) -> Result<bool> {
         let mut names: Vec<Arc<str>> =
             self.guests.snapshots_taken.known().into_iter().map(|snapshot| snapshot.reference.name).collect();
-        if self.below(4) > 0 {
+        if self.below(6) > 0 {
             let mut wanted = self.built_on.borrow().clone();
-            for volume in &*self.guests.volumes.borrow() {
-                wanted.extend(volume.borrow().may_need().cloned());
+            if wanted.is_empty() || self.below(4) == 0 {
+                for volume in &*self.guests.volumes.borrow() {
+                    wanted.extend(volume.borrow().may_need().cloned());
+                }
             }
             if names.iter().any(|name| wanted.contains(name)) {
                 names.retain(|name| wanted.contains(name));
@@ -347,15 +359,18 @@ impl Control<'_> {
 
     /// A collection, which may be stopped at any moment.
     async fn collect(&self) -> Result<bool> {
-        let snapshots = &self.guests.snapshots_taken;
         let grace = Duration::from_millis([0, 0, 30, 500][self.below(4) as usize]);
+        self.collect_after(grace, self.below(3) == 0).await
+    }
+
+    async fn collect_after(&self, grace: Duration, dies: bool) -> Result<bool> {
+        let snapshots = &self.guests.snapshots_taken;
         let drop_import = match self.below(3) {
             0 => snapshots.interrupted.borrow_mut().pop(),
             _ => None,
         };
         let options = GcOptions { grace, drop_import, ..GcOptions::default() };
         let (clock, patience) = (self.clock(), Duration::from_micros(self.below(400_000)));
-        let dies = self.below(3) == 0;
         let collected = {
             let collection = collect(&self.store, &clock, &options);
             match dies {

@@ -56,8 +56,11 @@ impl Control<'_> {
         }
         let manifests = subjects.iter().flat_map(|subject: &Subject| subject.base.iter().chain(&subject.source));
         let built_on: Vec<Arc<str>> = manifests.map(|manifest| manifest.name.as_str().into()).collect();
-        self.built_on.borrow_mut().extend(built_on.iter().cloned());
-        let taken = self.take_of(&subjects, self.below(3) == 0).await;
+        let slow = self.below(3) == 0;
+        if slow {
+            self.built_on.borrow_mut().extend(built_on.iter().cloned());
+        }
+        let taken = self.take_of(&subjects, slow).await;
         self.built_on.borrow_mut().retain(|name| !built_on.contains(name));
         taken
     }
@@ -65,7 +68,9 @@ impl Control<'_> {
     /// With pauses, if it is `slow`: others come in between.
     async fn take_of(&self, subjects: &[Subject], slow: bool) -> Result<bool> {
         if slow {
+            self.looked_up.borrow_mut().extend(subjects.iter().map(|subject| subject.volume.clone()));
             self.pause(250_000).await;
+            self.looked_up.borrow_mut().clear();
         }
         let mut claims = Vec::new();
         for subject in subjects {
@@ -226,6 +231,9 @@ impl Control<'_> {
         for chunk in &made.chunks {
             if slow {
                 self.pause(40_000).await;
+            }
+            if self.below(80) == 0 {
+                return Err(Error::new(Status::Conflict, "given up on the way"));
             }
             let (volume, chunk) = (made.volume, *chunk);
             let capture = |reply| Command::Capture { volume, cut, chunk, reply };
