@@ -118,7 +118,7 @@ impl Control<'_> {
     }
 
     /// Counts it, or panics unless this life has an excuse for the error.
-    fn done(&self, what: &str, result: Result<bool>) {
+    pub fn done(&self, what: &str, result: Result<bool>) {
         let error = match result {
             Ok(true) => return self.guests.count(what),
             Ok(false) => return,
@@ -238,7 +238,7 @@ impl Control<'_> {
         self.roll_back_to_any(&volume).await
     }
 
-    async fn roll_back_to_any(&self, volume: &VolumeRc) -> Result<bool> {
+    pub async fn roll_back_to_any(&self, volume: &VolumeRc) -> Result<bool> {
         let (name, size) = (volume.borrow().spec.name.to_string(), volume.borrow().spec.size_bytes);
         let Some(target) = self.any_snapshot(size) else { return Ok(false) };
         let references = self.references.lock().await;
@@ -363,7 +363,7 @@ impl Control<'_> {
         self.collect_after(grace, self.below(3) == 0).await
     }
 
-    async fn collect_after(&self, grace: Duration, dies: bool) -> Result<bool> {
+    pub async fn collect_after(&self, grace: Duration, dies: bool) -> Result<bool> {
         let snapshots = &self.guests.snapshots_taken;
         let drop_import = match self.below(3) {
             0 => snapshots.interrupted.borrow_mut().pop(),

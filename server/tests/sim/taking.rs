@@ -65,6 +65,11 @@ impl Control<'_> {
         taken
     }
 
+    pub async fn take_one(&self, volume: &VolumeRc, slow: bool) -> Result<bool> {
+        let subject = self.look_up(volume.clone()).await?;
+        self.take_of(&[subject], slow).await
+    }
+
     /// With pauses, if it is `slow`: others come in between.
     async fn take_of(&self, subjects: &[Subject], slow: bool) -> Result<bool> {
         if slow {
