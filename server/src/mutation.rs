@@ -105,6 +105,12 @@ pub enum Mutation {
     CheckpointForgetsChanges,
     /// A rollback does not wait for chunks on their way to the disk.
     RollbackOvertakesFills,
+    /// A snapshot goes on with a volume that was rolled back since it was looked up.
+    CutOfAnotherVolume,
+    /// A volume is deleted while it is being rolled back.
+    DeletionDuringRollback,
+    /// The end of a snapshot does not wait for writes that put something aside.
+    StagingClosedUnderWrites,
     /// A snapshot shares packs that are condemned.
     CondemnedPacksShared,
     /// A collection does not wait for the imports that were open when it condemned.
@@ -114,7 +120,7 @@ pub enum Mutation {
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 52] = {
+    pub const ALL: [Mutation; 55] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -166,6 +172,9 @@ impl Mutation {
             GivenUpForgetsChanges,
             CheckpointForgetsChanges,
             RollbackOvertakesFills,
+            CutOfAnotherVolume,
+            DeletionDuringRollback,
+            StagingClosedUnderWrites,
             CondemnedPacksShared,
             CollectionIgnoresImports,
             DeletionIgnoresReferences,

@@ -238,7 +238,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         self.0.journal.admit().await?;
         // What is about to take its place would be left without a file; one that failed half-way may go.
-        if volume.retired.get() && !volume.takes_no_writes() {
+        let is_replaced = volume.retired.get() && !volume.takes_no_writes();
+        if is_replaced && !mutation::on(Mutation::DeletionDuringRollback) {
             let message = format!("volume {name:?} is being rolled back or resized: try again");
             return Err(Error::new(Status::Conflict, message));
         }

@@ -337,6 +337,10 @@ fn turn<P: Platform>(volume: &Volume<P>, boot_set: Option<&[u32]>, has_base: boo
         hydration.owed.clear();
         return Turn::Leave;
     }
+    if volume.retired.get() {
+        // Fills do nothing to it: it would be asked for the same chunk again and again.
+        return Turn::Leave;
+    }
     if now < hydration.not_before {
         return Turn::Later(hydration.not_before);
     }

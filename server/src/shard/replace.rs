@@ -46,6 +46,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         };
         let replaced = replaced.await;
         volume.end_retirement(replaced.is_ok());
+        if replaced.is_err() {
+            self.wake_hydrator(&volume);
+        }
         replaced
     }
 
@@ -79,6 +82,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         };
         let replaced = replaced.await;
         volume.end_retirement(replaced.is_ok());
+        if replaced.is_err() {
+            self.wake_hydrator(&volume);
+        }
         replaced
     }
 

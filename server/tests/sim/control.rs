@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{Either, join_all, select};
@@ -12,7 +13,7 @@ use futures::lock::Mutex;
 use volley_server::error::{Error, Result, Status};
 use volley_server::object_store::{ObjectError, ObjectStore};
 use volley_server::platform::Platform;
-use volley_server::platform::sim::{Sim, SimObjects};
+use volley_server::platform::sim::{DiskOp, Sim, SimObjects, SimWorld};
 use volley_server::shard::api::{Command, FetchUntil, Request, VolumeLineage};
 use volley_server::snapshot::claim::ClaimError;
 use volley_server::snapshot::deletion::{self, Outcome};
@@ -30,25 +31,36 @@ use crate::snapshots::{NAMES, State};
 
 /// Older ones are deleted when there are so many.
 const SNAPSHOTS_MAX: usize = 5;
+/// Volumes of snapshots, beside those that guests create.
+const MORE_VOLUMES_MAX: usize = 3;
 
 /// Of one life.
-pub struct Control {
+pub struct Control<'a> {
+    world: &'a SimWorld,
     pub sim: Sim,
     pub node: Rc<Node>,
     pub guests: Rc<Guests>,
     pub store: Patient,
     /// Whoever makes or needs references, one at a time: the names of those that are there.
     references: Mutex<RefCell<BTreeSet<String>>>,
+    /// What snapshots that take long build on.
+    pub built_on: RefCell<Vec<Arc<str>>>,
+    /// Volumes that were looked up for a snapshot, and are not cut yet.
+    pub looked_up: RefCell<Vec<VolumeRc>>,
 }
 
-impl Control {
-    pub fn new(sim: &Sim, node: &Rc<Node>, objects: &SimObjects, guests: &Rc<Guests>) -> Control {
+impl Control<'_> {
+    pub fn new<'a>(world: &'a SimWorld, node: &Rc<Node>, objects: &SimObjects, guests: &Rc<Guests>) -> Control<'a> {
+        let sim = world.platform();
         Control {
-            sim: sim.clone(),
+            world,
             node: node.clone(),
             guests: guests.clone(),
             store: Patient { objects: objects.clone(), sim: sim.clone() },
             references: Mutex::default(),
+            built_on: RefCell::default(),
+            looked_up: RefCell::default(),
+            sim,
         }
     }
 
@@ -82,21 +94,31 @@ impl Control {
     async fn any_order(&self) {
         let many = self.guests.snapshots_taken.known().len() > SNAPSHOTS_MAX;
         match self.below(16) {
+            // What others are at is pulled from under them.
+            _ if !self.built_on.borrow().is_empty() && self.below(2) == 0 => self.delete_and_collect().await,
+            _ if !self.looked_up.borrow().is_empty() && self.below(2) == 0 => {
+                self.done("rollback", self.roll_back().await);
+            }
             _ if many && self.below(2) == 0 => self.done("deletion", self.delete_one().await),
             0..8 => self.done("snapshot", self.take().await),
             8..10 => self.done("volume of a snapshot", self.create().await),
             10..13 => self.done("rollback", self.roll_back().await),
             13 => self.done("deletion", self.delete_one().await),
-            14 => {
-                self.done("deletion", self.delete_one().await);
-                self.done("collection", self.collect().await);
-            }
+            14 => self.delete_and_collect().await,
             _ => self.done("collection", self.collect().await),
         }
     }
 
+    async fn delete_and_collect(&self) {
+        self.done("deletion", self.delete_one().await);
+        if self.below(2) == 0 {
+            self.pause(600_000).await;
+        }
+        self.done("collection", self.collect_after(Duration::ZERO, false).await);
+    }
+
     /// Counts it, or panics unless this life has an excuse for the error.
-    fn done(&self, what: &str, result: Result<bool>) {
+    pub fn done(&self, what: &str, result: Result<bool>) {
         let error = match result {
             Ok(true) => return self.guests.count(what),
             Ok(false) => return,
@@ -188,7 +210,7 @@ impl Control {
 
     /// A volume of a snapshot that was taken, as large or larger.
     async fn create(&self) -> Result<bool> {
-        if self.guests.volumes.borrow().len() >= VOLUMES_MAX {
+        if self.guests.volumes.borrow().len() >= VOLUMES_MAX + MORE_VOLUMES_MAX {
             return Ok(false);
         }
         let known = self.guests.snapshots_taken.known();
@@ -204,13 +226,20 @@ impl Control {
         Ok(true)
     }
 
-    /// A volume goes back to a snapshot, attached or not, while guests write and chunks come.
+    /// A volume goes back to a snapshot, attached or not, while guests write and chunks come; perhaps to another one
+    /// right after that.
     async fn roll_back(&self) -> Result<bool> {
-        let Some(volume) = self.any_volume() else { return Ok(false) };
-        let (name, id, size) = {
-            let spec = &volume.borrow().spec;
-            (spec.name.to_string(), spec.id, spec.size_bytes)
-        };
+        let looked_up = self.looked_up.borrow().last().cloned();
+        let Some(volume) = looked_up.or_else(|| self.any_volume()) else { return Ok(false) };
+        let done = self.roll_back_to_any(&volume).await?;
+        if !done || self.below(3) > 0 {
+            return Ok(done);
+        }
+        self.roll_back_to_any(&volume).await
+    }
+
+    pub async fn roll_back_to_any(&self, volume: &VolumeRc) -> Result<bool> {
+        let (name, size) = (volume.borrow().spec.name.to_string(), volume.borrow().spec.size_bytes);
         let Some(target) = self.any_snapshot(size) else { return Ok(false) };
         let references = self.references.lock().await;
         let manifest = self.hold(&references, &target.reference).await?;
@@ -223,27 +252,25 @@ impl Control {
             (None, Some(_)) => (0..lineage.chunks()).collect(),
             _ => differing(base.as_ref(), &manifest, lineage.chunks()).collect(),
         };
-        let (snapshot, base) = (target.reference.clone(), lineage.lineage.base);
-        // Others may have come before.
-        let free = volume.borrow().existence == Existence::Sure && volume.borrow().attaching == 0;
-        if !free || volume.borrow().is_rolling() {
-            return Ok(false);
+        let (snapshot, base, of) = (target.reference.clone(), lineage.lineage.base, name.clone());
+        let command = |reply| Command::RollBack { name: of, snapshot, base, differs, force: true, reply };
+        if self.below(4) == 0 {
+            // Writes that are under way stay so for long.
+            let long = Duration::from_millis(1)..Duration::from_millis(60);
+            self.world.slow_disk("/node/stores", DiskOp::Write, long);
         }
-        let fetches: Vec<(u64, u64)> = (0..self.below(4)).map(|_| (self.below(size / BLOCK) * BLOCK, BLOCK)).collect();
-        let delay = self.below(8) * self.below(1000);
-        let fetch = async |(offset, len): (u64, u64)| {
-            let fetch = Request::PriorityFetch { volume: id, offset, len, until: FetchUntil::Resident };
-            drop(self.guests.send(&self.node, self.guests.new_connection(), fetch).await);
-        };
+        let chunk = u64::from(CHUNK_BYTES);
+        let fetches: Vec<u64> = (0..self.below(6)).map(|_| self.below(size.div_ceil(chunk)) * chunk).collect();
+        let fetched = join_all(fetches.iter().map(|offset| self.fetch(volume, *offset)));
         let rolled = async {
-            self.sim.sleep(Duration::from_micros(delay)).await;
-            if volume.borrow().existence != Existence::Sure || volume.borrow().attaching > 0 {
+            self.pause([1000, 7000, 40_000][self.below(3) as usize]).await;
+            // Others may have come before.
+            let free = volume.borrow().existence == Existence::Sure && volume.borrow().attaching == 0;
+            if !free {
                 return Err(Error::new(Status::Conflict, "somebody attaches"));
             }
-            volume.borrow_mut().begin_rollback(snapshot.name.clone(), target.image.clone());
-            let roll_back =
-                |reply| Command::RollBack { name: name.clone(), snapshot, base, differs, force: true, reply };
-            let rolled = self.node.command(&name, roll_back).await;
+            volume.borrow_mut().begin_rollback(target.reference.name.clone(), target.image.clone());
+            let rolled = self.node.command(&name, command).await;
             let mut model = volume.borrow_mut();
             match &rolled {
                 Ok(()) => model.rolled_back(),
@@ -252,34 +279,64 @@ impl Control {
             }
             rolled
         };
-        let (rolled, _) = futures::join!(rolled, join_all(fetches.into_iter().map(fetch)));
-        drop(references);
-        rolled?;
-        if self.below(2) == 0 {
-            self.use_at_once(&volume).await;
-        }
-        Ok(true)
+        let deleted = async {
+            let session = Session::of(volume);
+            if self.below(6) == 0 {
+                self.pause(15_000).await;
+                if volume.borrow().existence == Existence::Sure {
+                    self.guests.delete(&self.node, &session).await;
+                }
+            }
+        };
+        let used = async {
+            rolled.await?;
+            drop(references);
+            if self.below(3) > 0 {
+                self.use_at_once(volume, &fetches).await;
+            }
+            Ok(())
+        };
+        let (used, _, ()) = futures::join!(used, fetched, deleted);
+        used.map(|()| true)
+    }
+
+    async fn fetch(&self, volume: &VolumeRc, offset: u64) {
+        let volume = volume.borrow().spec.id;
+        let fetch = Request::PriorityFetch { volume, offset, len: BLOCK, until: FetchUntil::Resident };
+        drop(self.guests.send(&self.node, self.guests.new_connection(), fetch).await);
     }
 
     /// The first thing after a rollback: what was under way before must not come through.
-    async fn use_at_once(&self, volume: &VolumeRc) {
+    async fn use_at_once(&self, volume: &VolumeRc, places: &[u64]) {
         self.guests.attach(&self.node, volume).await;
         if !volume.borrow().attached {
             return;
         }
         let session = Session::of(volume);
-        let writes = (0..4).map(|_| self.guests.write(&self.node, &session));
-        join_all(writes).await;
-        let size = session.model.borrow().spec.size_bytes;
-        let part = size.min(8 * u64::from(CHUNK_BYTES));
-        let offset = self.below((size - part) / BLOCK + 1) * BLOCK;
-        self.guests.read_from(&self.node, &session, (offset, part)).await;
+        let size = volume.borrow().spec.size_bytes;
+        let range = |offset: u64| (offset, (size - offset).min(u64::from(CHUNK_BYTES)));
+        join_all(places.iter().map(|at| self.guests.write_to(&self.node, &session, range(*at)))).await;
+        self.pause(80_000).await;
+        join_all(places.iter().map(|at| self.guests.read_from(&self.node, &session, range(*at)))).await;
     }
 
+    /// Any snapshot; sooner one that somebody needs, or builds on.
     async fn delete_one(&self) -> Result<bool> {
-        let known = self.guests.snapshots_taken.known();
-        let Some(snapshot) = known.get(self.below(known.len() as u64) as usize) else { return Ok(false) };
-        self.delete(&snapshot.reference.name, self.below(2) == 0).await
+        let mut names: Vec<Arc<str>> =
+            self.guests.snapshots_taken.known().into_iter().map(|snapshot| snapshot.reference.name).collect();
+        if self.below(6) > 0 {
+            let mut wanted = self.built_on.borrow().clone();
+            if wanted.is_empty() || self.below(4) == 0 {
+                for volume in &*self.guests.volumes.borrow() {
+                    wanted.extend(volume.borrow().may_need().cloned());
+                }
+            }
+            if names.iter().any(|name| wanted.contains(name)) {
+                names.retain(|name| wanted.contains(name));
+            }
+        }
+        let Some(name) = names.get(self.below(names.len() as u64) as usize) else { return Ok(false) };
+        self.delete(name, self.below(2) == 0).await
     }
 
     pub async fn delete(&self, name: &str, when_unused: bool) -> Result<bool> {
@@ -302,15 +359,18 @@ impl Control {
 
     /// A collection, which may be stopped at any moment.
     async fn collect(&self) -> Result<bool> {
-        let snapshots = &self.guests.snapshots_taken;
         let grace = Duration::from_millis([0, 0, 30, 500][self.below(4) as usize]);
+        self.collect_after(grace, self.below(3) == 0).await
+    }
+
+    pub async fn collect_after(&self, grace: Duration, dies: bool) -> Result<bool> {
+        let snapshots = &self.guests.snapshots_taken;
         let drop_import = match self.below(3) {
             0 => snapshots.interrupted.borrow_mut().pop(),
             _ => None,
         };
         let options = GcOptions { grace, drop_import, ..GcOptions::default() };
         let (clock, patience) = (self.clock(), Duration::from_micros(self.below(400_000)));
-        let dies = self.below(3) == 0;
         let collected = {
             let collection = collect(&self.store, &clock, &options);
             match dies {

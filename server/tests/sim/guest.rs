@@ -288,7 +288,7 @@ impl Guests {
         }
     }
 
-    pub(crate) async fn write(&self, node: &Node, session: &Session) {
+    async fn write(&self, node: &Node, session: &Session) {
         let range = self.range(&session.model.borrow());
         self.write_to(node, session, range).await;
     }
@@ -347,7 +347,7 @@ impl Guests {
         futures::join!(leaver, stayer);
     }
 
-    async fn write_to(&self, node: &Node, session: &Session, (offset, len): (u64, u64)) {
+    pub(crate) async fn write_to(&self, node: &Node, session: &Session, (offset, len): (u64, u64)) {
         if len == 0 {
             return;
         }

@@ -17,6 +17,7 @@ mod mutations;
 mod node;
 mod patient;
 mod points;
+mod races;
 mod report;
 mod run;
 mod snapshots;
@@ -142,6 +143,11 @@ fn every_durable_point_of_batches() {
 #[test]
 fn of_volumes_that_wait_the_one_with_the_earliest_deadline_is_first() {
     deadlines::the_earliest_is_first();
+}
+
+#[test]
+fn others_come_in_between_while_a_snapshot_is_taken() {
+    races::others_come_in_between();
 }
 
 #[test]

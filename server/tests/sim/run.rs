@@ -291,12 +291,12 @@ impl Run {
             }
         };
         let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS));
-        let control = Control::new(&sim, &node, &self.objects, &self.guests);
+        let control = Control::new(&self.world, &node, &self.objects, &self.guests);
         futures::join!(join_all(guests), self.operate(&control, ORDERS), stopper);
     }
 
     /// Orders about snapshots, where the seed has them.
-    async fn operate(&self, control: &Control, orders: u64) {
+    async fn operate(&self, control: &Control<'_>, orders: u64) {
         if self.guests.snapshots_taken.on.get() {
             join_all((0..OPERATORS).map(|_| control.run(orders))).await;
         }
@@ -350,7 +350,7 @@ impl Run {
             let _tally = Tally { node: node.clone(), guests: self.guests.clone() };
             inspector::watch(&self.world, self.seed, &node, &self.guests);
             let guests = (0..GUESTS).map(|_| self.guests.clone().run(sim.clone(), node.clone(), REQUESTS / 4));
-            let control = Control::new(&sim, &node, &self.objects, &self.guests);
+            let control = Control::new(&self.world, &node, &self.objects, &self.guests);
             futures::join!(join_all(guests), self.operate(&control, ORDERS));
             let volumes = self.guests.volumes.borrow().clone();
             for volume in &volumes {

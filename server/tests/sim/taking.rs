@@ -44,7 +44,7 @@ impl Subject {
     }
 }
 
-impl Control {
+impl Control<'_> {
     /// A snapshot of a volume, or of two at one moment. `false`: nobody wanted it to the end.
     pub async fn take(&self) -> Result<bool> {
         let Some(first) = self.any_volume() else { return Ok(false) };
@@ -54,11 +54,31 @@ impl Control {
         for volume in [first].into_iter().chain(other) {
             subjects.push(self.look_up(volume).await?);
         }
-        if self.below(4) == 0 {
-            self.pause(30_000).await;
+        let manifests = subjects.iter().flat_map(|subject: &Subject| subject.base.iter().chain(&subject.source));
+        let built_on: Vec<Arc<str>> = manifests.map(|manifest| manifest.name.as_str().into()).collect();
+        let slow = self.below(3) == 0;
+        if slow {
+            self.built_on.borrow_mut().extend(built_on.iter().cloned());
+        }
+        let taken = self.take_of(&subjects, slow).await;
+        self.built_on.borrow_mut().retain(|name| !built_on.contains(name));
+        taken
+    }
+
+    pub async fn take_one(&self, volume: &VolumeRc, slow: bool) -> Result<bool> {
+        let subject = self.look_up(volume.clone()).await?;
+        self.take_of(&[subject], slow).await
+    }
+
+    /// With pauses, if it is `slow`: others come in between.
+    async fn take_of(&self, subjects: &[Subject], slow: bool) -> Result<bool> {
+        if slow {
+            self.looked_up.borrow_mut().extend(subjects.iter().map(|subject| subject.volume.clone()));
+            self.pause(250_000).await;
+            self.looked_up.borrow_mut().clear();
         }
         let mut claims = Vec::new();
-        for subject in &subjects {
+        for subject in subjects {
             match Claim::begin(&self.store, &subject.snapshot, self.clock().timed_id()).await {
                 Ok(claim) => claims.push(claim),
                 Err(error) => {
@@ -68,7 +88,7 @@ impl Control {
             }
         }
         let cut = self.sim.random_u64();
-        let (cuts, moments) = match self.cut_all(&subjects, cut).await {
+        let (cuts, moments) = match self.cut_all(subjects, cut).await {
             Ok(made) => made,
             Err(error) => {
                 self.abandon(&claims).await;
@@ -79,7 +99,7 @@ impl Control {
             self.guests.snapshots_taken.begin(&subject.snapshot, claim.id, moment);
         }
         let given_up = self.below(8) == 0;
-        let mut result = self.store_all(&subjects, &claims, cut, &cuts).await;
+        let mut result = self.store_all(subjects, &claims, cut, &cuts, slow).await;
         if let Ok(manifests) = &result
             && !given_up
             && let Err(error) = self.commit_all(&claims, manifests).await
@@ -176,15 +196,22 @@ impl Control {
         claims: &[Claim],
         cut: u64,
         cuts: &[CutVolume],
+        slow: bool,
     ) -> Result<Vec<Manifest>> {
         let mut manifests = Vec::new();
         for ((subject, claim), made) in subjects.iter().zip(claims).zip(cuts) {
-            manifests.push(self.store_one(subject, claim, cut, made).await?);
+            manifests.push(self.store_one(subject, claim, (cut, made), slow).await?);
         }
         Ok(manifests)
     }
 
-    async fn store_one(&self, subject: &Subject, claim: &Claim, cut: u64, made: &CutVolume) -> Result<Manifest> {
+    async fn store_one(
+        &self,
+        subject: &Subject,
+        claim: &Claim,
+        (cut, made): (u64, &CutVolume),
+        slow: bool,
+    ) -> Result<Manifest> {
         let builds_on = if made.known { &subject.base } else { &subject.source };
         let mut prefixes = BTreeSet::new();
         for key in builds_on.iter().flat_map(|manifest| manifest.pack_keys()) {
@@ -207,6 +234,12 @@ impl Control {
             draft.put(chunk, &Put::Zero).map_err(|e| Error::new(Status::Internal, e.to_string()))?;
         }
         for chunk in &made.chunks {
+            if slow {
+                self.pause(40_000).await;
+            }
+            if self.below(80) == 0 {
+                return Err(Error::new(Status::Conflict, "given up on the way"));
+            }
             let (volume, chunk) = (made.volume, *chunk);
             let capture = |reply| Command::Capture { volume, cut, chunk, reply };
             let raw = self.node.command(&subject.name, capture).await?;
@@ -216,6 +249,9 @@ impl Control {
                 draft.seal();
             }
             self.store_sealed(&mut draft).await?;
+        }
+        if slow {
+            self.pause(300_000).await;
         }
         draft.seal();
         self.store_sealed(&mut draft).await?;

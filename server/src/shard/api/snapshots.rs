@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::mutation::{self, Mutation};
 use crate::types::{Lineage, SnapshotRef, VolumeId};
 
 /// What the next snapshot of a volume builds on.
@@ -61,6 +62,7 @@ impl CutVolume {
     pub fn fits(&self, then: &VolumeLineage, now: &VolumeLineage) -> bool {
         let builds_on_the_same = match self.known {
             true => self.base == then.lineage.base,
+            false if mutation::on(Mutation::CutOfAnotherVolume) => true,
             false => now.source == then.source && (now.hydrated || !then.hydrated),
         };
         self.volume == then.id && now.size_bytes == then.size_bytes && builds_on_the_same

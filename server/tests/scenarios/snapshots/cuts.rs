@@ -77,10 +77,6 @@ fn a_snapshot_is_the_volume_at_its_cut_whatever_guests_write_meanwhile() {
 
 #[test]
 fn after_a_clean_stop_only_what_changed_is_read_and_after_a_crash_what_is_near_it() {
-    across_restarts();
-}
-
-fn across_restarts() {
     let lab = Lab::of(300, 1536, 5, 3);
     let mut rng = SimRng::new(3);
     let mut content = lab.image.content.clone();

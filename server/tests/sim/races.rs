@@ -1,0 +1,81 @@
+//! Others come in between while a snapshot is taken: what it builds on is deleted and collected, or the volume is rolled
+//! back. Seeds of the simulation do the same now and then; here every moment has its turn.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use volley_server::platform::sim::{SimObjects, SimRng, SimWorld};
+
+use crate::control::Control;
+use crate::guest::{Guests, Session, VolumeRc};
+use crate::model::VolumeModel;
+use crate::node::{CHUNK_BYTES, Node, NodeSettings, make_directories, make_snapshot, volume_spec};
+use crate::snapshots::Snapshots;
+
+const SEEDS: u64 = 40;
+const CHUNK: u64 = CHUNK_BYTES as u64;
+/// A slow snapshot takes about as long.
+const DELAY_MAX_US: u64 = 400_000;
+
+pub fn others_come_in_between() {
+    (0..SEEDS).for_each(of_one_seed);
+}
+
+fn of_one_seed(seed: u64) {
+    let world = SimWorld::new(seed);
+    let objects = SimObjects::new(&world);
+    let mut rng = SimRng::stream(seed, "races");
+    let image = make_snapshot(&objects, &mut rng, "image-0", 6 * CHUNK);
+    let guests = Guests::new(SimRng::stream(seed, "guests"), vec![image.clone()], Snapshots::new(seed));
+    let guests = Rc::new(guests);
+    let spec = volume_spec(&mut rng, "vm", 6 * CHUNK, Some(&image));
+    let volume = Rc::new(RefCell::new(VolumeModel::new(spec.clone(), Some(image.image.clone()))));
+    world.block_on(async {
+        make_directories(&world.platform()).await.expect("no faults");
+        let node = start(&world, &objects).await;
+        guests.create_all(&node, vec![spec], vec![volume.clone()]).await;
+        let control = Control::new(&world, &node, &objects, &guests);
+        write(&guests, &node, &volume, 0).await;
+        while guests.snapshots_taken.known().is_empty() {
+            control.done("snapshot", control.take_one(&volume, false).await);
+        }
+        write(&guests, &node, &volume, 3 * CHUNK).await;
+        let base = guests.snapshots_taken.known().remove(0).reference.name;
+        let others = async {
+            control.pause(DELAY_MAX_US).await;
+            control.done("deletion", control.delete(&base, false).await);
+            control.pause(DELAY_MAX_US).await;
+            control.done("collection", control.collect_after(Duration::ZERO, false).await);
+        };
+        let taken = async { control.done("snapshot", control.take_one(&volume, true).await) };
+        futures::join!(taken, others);
+        guests.snapshots_taken.check_packs(&objects);
+    });
+    // What had changed is not known any more.
+    world.kill();
+    guests.forget_attachments();
+    world.block_on(async {
+        let node = start(&world, &objects).await;
+        let control = Control::new(&world, &node, &objects, &guests);
+        let others = async {
+            control.pause(DELAY_MAX_US).await;
+            control.done("rollback", control.roll_back_to_any(&volume).await);
+        };
+        let taken = async { control.done("snapshot", control.take_one(&volume, true).await) };
+        futures::join!(taken, others);
+    });
+    guests.snapshots_taken.judge(&objects);
+}
+
+async fn start(world: &SimWorld, objects: &SimObjects) -> Rc<Node> {
+    Rc::new(Node::start(&world.platform(), objects, NodeSettings::default()).await.expect("started"))
+}
+
+/// Two chunks, durably.
+async fn write(guests: &Guests, node: &Node, volume: &VolumeRc, offset: u64) {
+    guests.attach(node, volume).await;
+    let session = Session::of(volume);
+    guests.write_to(node, &session, (offset, 2 * CHUNK)).await;
+    guests.flush(node, &session).await;
+}
