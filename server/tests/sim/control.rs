@@ -281,10 +281,10 @@ impl Control<'_> {
         };
         let deleted = async {
             let session = Session::of(volume);
-            if self.below(3) == 0 {
+            if self.below(6) == 0 {
                 self.pause(15_000).await;
                 if volume.borrow().existence == Existence::Sure {
-                    self.guests.delete_now(&self.node, &session).await;
+                    self.guests.delete(&self.node, &session).await;
                 }
             }
         };

@@ -177,12 +177,9 @@ impl Guests {
     }
 
     pub(crate) async fn delete(&self, node: &Node, session: &Session) {
-        if self.volumes.borrow().len() >= 3 && self.below(3) == 0 {
-            self.delete_now(node, session).await;
+        if self.volumes.borrow().len() < 3 || self.below(3) > 0 {
+            return;
         }
-    }
-
-    pub(crate) async fn delete_now(&self, node: &Node, session: &Session) {
         let name: Arc<str> = session.model.borrow().spec.name.clone();
         session.model.borrow_mut().existence = Existence::Leaving;
         let make = |reply| Command::DeleteVolume { name: name.to_string(), force: true, reply };

@@ -9,7 +9,6 @@ use volley_server::platform::sim::{SimObjects, SimRng, SimWorld};
 
 use crate::control::Control;
 use crate::guest::{Guests, Session, VolumeRc};
-use crate::judge::judge_deleted;
 use crate::model::VolumeModel;
 use crate::node::{CHUNK_BYTES, Node, NodeSettings, make_directories, make_snapshot, volume_spec};
 use crate::snapshots::Snapshots;
@@ -67,15 +66,6 @@ fn of_one_seed(seed: u64) {
         futures::join!(taken, others);
     });
     guests.snapshots_taken.judge(&objects);
-    world.kill();
-    world.block_on(async {
-        // Others delete it sometimes while it is rolled back.
-        let node = start(&world, &objects).await;
-        let deleted = guests.deleted.borrow().clone();
-        for spec in &deleted {
-            judge_deleted(&world.platform(), &node, spec).await;
-        }
-    });
 }
 
 async fn start(world: &SimWorld, objects: &SimObjects) -> Rc<Node> {
