@@ -109,10 +109,6 @@ pub enum Mutation {
     CutOfAnotherVolume,
     /// A volume is deleted while it is being rolled back.
     DeletionDuringRollback,
-    /// The end of a snapshot does not wait for writes that put something aside.
-    StagingClosedUnderWrites,
-    /// A snapshot shares packs that are condemned.
-    CondemnedPacksShared,
     /// A collection does not wait for the imports that were open when it condemned.
     CollectionIgnoresImports,
     /// A snapshot is deleted under the volumes that need it.
@@ -120,7 +116,7 @@ pub enum Mutation {
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 55] = {
+    pub const ALL: [Mutation; 53] = {
         use Mutation::*;
         [
             RecordBeforeData,
@@ -174,8 +170,6 @@ impl Mutation {
             RollbackOvertakesFills,
             CutOfAnotherVolume,
             DeletionDuringRollback,
-            StagingClosedUnderWrites,
-            CondemnedPacksShared,
             CollectionIgnoresImports,
             DeletionIgnoresReferences,
         ]

@@ -447,9 +447,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     pub(super) async fn drop_staging(&self, volume: &Volume<P>) {
         // Writes that are at it still need the file, and none is to begin.
         volume.changes.borrow_mut().fail("it has ended".to_owned());
-        if !mutation::on(Mutation::StagingClosedUnderWrites) {
-            volume.staging_writes.ended().await;
-        }
+        volume.staging_writes.ended().await;
         let store = &self.0.stores[volume.store];
         store.staged_bytes.set(store.staged_bytes.get().saturating_sub(volume.changes.borrow().staged_bytes()));
         let file = volume.staging.borrow_mut().take();

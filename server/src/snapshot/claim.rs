@@ -10,7 +10,6 @@ use thiserror::Error;
 
 use super::gc::condemned;
 use super::{CatalogError, Manifest, PACK_PREFIX, import_key, manifest_key, marker};
-use crate::mutation::{self, Mutation};
 use crate::object_store::{ObjectError, ObjectMeta, ObjectStore};
 
 /// A snapshot in the making, with its marker in place.
@@ -154,8 +153,7 @@ impl StoredPacks {
     /// Packs that the snapshot in the making may reference, with their sizes.
     #[must_use]
     pub fn reusable(&self) -> HashMap<&str, u64> {
-        let shared = |key| mutation::on(Mutation::CondemnedPacksShared) || !self.condemned.contains(key);
-        let free = self.listed.iter().filter(|pack| shared(&pack.key));
+        let free = self.listed.iter().filter(|pack| !self.condemned.contains(&pack.key));
         free.map(|pack| (pack.key.as_str(), pack.size_bytes)).collect()
     }
 }

@@ -9,31 +9,62 @@ use volley_server::platform::sim::{SimObjects, SimRng, SimWorld};
 
 use crate::control::Control;
 use crate::guest::{Guests, Session, VolumeRc};
-use crate::model::VolumeModel;
+use crate::judge::judge_volume;
+use crate::model::{After, VolumeModel};
 use crate::node::{CHUNK_BYTES, Node, NodeSettings, make_directories, make_snapshot, volume_spec};
 use crate::snapshots::Snapshots;
 
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 100;
 const CHUNK: u64 = CHUNK_BYTES as u64;
 /// A slow snapshot takes about as long.
 const DELAY_MAX_US: u64 = 400_000;
 
 pub fn others_come_in_between() {
-    (0..SEEDS).for_each(of_one_seed);
+    for seed in 0..SEEDS {
+        of_one_seed(seed);
+        a_power_cut_after_a_snapshot(seed);
+    }
 }
 
-fn of_one_seed(seed: u64) {
+/// What no flush has covered is in the snapshot, and may be gone from the volume: the next one knows.
+fn a_power_cut_after_a_snapshot(seed: u64) {
+    let (world, objects, guests, volume) = machine(seed);
+    world.block_on(async {
+        let node = start(&world, &objects).await;
+        let spec = volume.borrow().spec.clone();
+        guests.create_all(&node, vec![spec], vec![volume.clone()]).await;
+        let control = Control::new(&world, &node, &objects, &guests);
+        guests.attach(&node, &volume).await;
+        guests.write_to(&node, &Session::of(&volume), (0, 2 * CHUNK)).await;
+        control.done("snapshot", control.take_one(&volume, false).await);
+    });
+    world.crash();
+    guests.forget_attachments();
+    world.block_on(async {
+        let node = start(&world, &objects).await;
+        assert!(judge_volume(&node, &volume, After::PowerCut).await, "it was created");
+        let control = Control::new(&world, &node, &objects, &guests);
+        control.done("snapshot", control.take_one(&volume, false).await);
+    });
+    guests.snapshots_taken.judge(&objects);
+}
+
+fn machine(seed: u64) -> (SimWorld, SimObjects, Rc<Guests>, VolumeRc) {
     let world = SimWorld::new(seed);
     let objects = SimObjects::new(&world);
     let mut rng = SimRng::stream(seed, "races");
     let image = make_snapshot(&objects, &mut rng, "image-0", 6 * CHUNK);
     let guests = Guests::new(SimRng::stream(seed, "guests"), vec![image.clone()], Snapshots::new(seed));
-    let guests = Rc::new(guests);
     let spec = volume_spec(&mut rng, "vm", 6 * CHUNK, Some(&image));
-    let volume = Rc::new(RefCell::new(VolumeModel::new(spec.clone(), Some(image.image.clone()))));
+    let volume = Rc::new(RefCell::new(VolumeModel::new(spec, Some(image.image.clone()))));
+    (world, objects, Rc::new(guests), volume)
+}
+
+fn of_one_seed(seed: u64) {
+    let (world, objects, guests, volume) = machine(seed);
     world.block_on(async {
-        make_directories(&world.platform()).await.expect("no faults");
         let node = start(&world, &objects).await;
+        let spec = volume.borrow().spec.clone();
         guests.create_all(&node, vec![spec], vec![volume.clone()]).await;
         let control = Control::new(&world, &node, &objects, &guests);
         write(&guests, &node, &volume, 0).await;
@@ -52,12 +83,19 @@ fn of_one_seed(seed: u64) {
         futures::join!(taken, others);
         guests.snapshots_taken.check_packs(&objects);
     });
-    // What had changed is not known any more.
     world.kill();
     guests.forget_attachments();
     world.block_on(async {
         let node = start(&world, &objects).await;
         let control = Control::new(&world, &node, &objects, &guests);
+        control.done("snapshot", control.take_one(&volume, false).await);
+        write(&guests, &node, &volume, CHUNK).await;
+        control.done("snapshot", control.take_one(&volume, false).await);
+        // Without its base nobody knows what has changed.
+        let lineage = control.lineage("vm").await.expect("a volume");
+        if let Some(base) = lineage.lineage.base {
+            control.done("deletion", control.delete(&base.name, false).await);
+        }
         let others = async {
             control.pause(DELAY_MAX_US).await;
             control.done("rollback", control.roll_back_to_any(&volume).await);
@@ -69,6 +107,7 @@ fn of_one_seed(seed: u64) {
 }
 
 async fn start(world: &SimWorld, objects: &SimObjects) -> Rc<Node> {
+    make_directories(&world.platform()).await.expect("no faults");
     Rc::new(Node::start(&world.platform(), objects, NodeSettings::default()).await.expect("started"))
 }
 
