@@ -3,11 +3,13 @@
 //! A record is an 8-byte head (body length, kind) and a body. Every record is at most [`RECORD_BYTES_MAX`] long:
 //! residency of a large volume is cut into several records, which is safe because each of them only adds sectors.
 
+mod lineage;
+
 use std::sync::Arc;
 
 use crate::types::{
-    CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, Changed, ChunkResidency, HydrationRate, Lineage, SECTOR_BYTES, SnapshotRef,
-    VolumeId, VolumeSpec, VolumeState,
+    CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, ChunkResidency, HydrationRate, Lineage, SECTOR_BYTES, SnapshotRef, VolumeId,
+    VolumeSpec, VolumeState,
 };
 
 /// One durable fact about a volume. Facts are idempotent: replaying one again changes nothing.
@@ -109,15 +111,10 @@ const RESIDENCY_FIXED_BYTES: usize = 16;
 const RUN_BYTES: usize = 8;
 const PARTIAL_FIXED_BYTES: usize = 8;
 const SPEC_FIXED_BYTES: usize = 68;
-/// Volume id, flags, length of the name, number of runs, snapshot id.
-const LINEAGE_FIXED_BYTES: usize = 32;
-const LINEAGE_RUNS_MAX: usize = 4096;
 /// Names are at most 128 bytes, labels come from a config file: this leaves every spec far inside a record.
 const STRING_BYTES_MAX: usize = 4096;
 
 const _: () = assert!(HEAD_BYTES + 16 + SPEC_FIXED_BYTES + 3 * STRING_BYTES_MAX <= RECORD_BYTES_MAX);
-const _: () =
-    assert!(HEAD_BYTES + LINEAGE_FIXED_BYTES + STRING_BYTES_MAX + LINEAGE_RUNS_MAX * RUN_BYTES <= RECORD_BYTES_MAX);
 const _: () = assert!(
     HEAD_BYTES + RESIDENCY_FIXED_BYTES + PARTIAL_FIXED_BYTES + 8 * PARTIAL_WORDS_MAX + RUN_BYTES <= RECORD_BYTES_MAX
 );
@@ -142,9 +139,6 @@ const RATE_NONE: u8 = 1;
 const RATE_BYTES_PER_SECOND: u8 = 2;
 const FLAG_SNAPSHOT: u8 = 1;
 const FLAG_BATCH: u8 = 2;
-const LINEAGE_HAS_BASE: u16 = 1;
-const LINEAGE_UNKNOWN: u16 = 2;
-const LINEAGE_CONTINUED: u16 = 4;
 
 /// Why bytes inside a batch with a good checksum are not a record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -172,7 +166,7 @@ pub(super) fn encode(record: &Record, sink: &mut impl FnMut(&[u8])) {
         }),
         Record::Residency { volume, chunks } => encode_residency(*volume, chunks, sink),
         Record::Hydrated { volume } => emit(kind::HYDRATED, sink, |body| put_u64(body, volume.0)),
-        Record::Lineage { volume, lineage } => encode_lineage(*volume, lineage, sink),
+        Record::Lineage { volume, lineage } => lineage::encode(*volume, lineage, sink),
         Record::Replaced(state) => encode_whole(kind::REPLACED, state, sink),
         Record::Changing { volume, run } => emit(kind::CHANGING, sink, |body| {
             put_u64(body, volume.0);
@@ -193,7 +187,7 @@ fn encode_whole(kind: u8, state: &VolumeState, sink: &mut impl FnMut(&[u8])) {
         put_u64(body, u64::from(state.hydrated));
         put_spec(body, &state.spec);
     });
-    encode_lineage(state.spec.id, &state.lineage, sink);
+    lineage::encode(state.spec.id, &state.lineage, sink);
     if !state.hydrated {
         encode_residency(state.spec.id, &state.residency, sink);
     }
@@ -259,7 +253,7 @@ fn decode_body(kind: u8, reader: &mut Reader<'_>) -> Result<Entry, &'static str>
         kind::RESIDENCY => take_residency(reader)?,
         kind::HYDRATED => Entry::Hydrated(VolumeId(reader.u64()?)),
         kind::CHECKPOINT_COMPLETE => Entry::CheckpointComplete { volumes: reader.u64()? },
-        kind::LINEAGE => take_lineage(reader)?,
+        kind::LINEAGE => lineage::take(reader)?,
         kind::CHANGING => {
             let (volume, run) = (VolumeId(reader.u64()?), (reader.u32()?, reader.u32()?));
             if run.1 == 0 || run.0.checked_add(run.1).is_none() {
@@ -337,55 +331,6 @@ fn encode_residency(volume: VolumeId, chunks: &[(u32, ChunkResidency)], sink: &m
         body.add(*chunk, residency);
     }
     body.emit(volume, sink);
-}
-
-fn encode_lineage(volume: VolumeId, lineage: &Lineage, sink: &mut impl FnMut(&[u8])) {
-    let (runs, unknown): (&[_], _) = match &lineage.changed {
-        Changed::Unknown => (&[], LINEAGE_UNKNOWN),
-        Changed::Runs(runs) => (runs, 0),
-    };
-    let (name, id) = lineage.base.as_ref().map_or(("", 0), |base| (&*base.name, base.id));
-    let has_base = if lineage.base.is_some() { LINEAGE_HAS_BASE } else { 0 };
-    let mut put = |runs: &[(u32, u32)], continued: u16| {
-        emit(kind::LINEAGE, sink, |body| {
-            put_u64(body, volume.0);
-            body.extend_from_slice(&(has_base | unknown | continued).to_le_bytes());
-            body.extend_from_slice(&(name.len() as u16).to_le_bytes());
-            put_u32(body, runs.len() as u32);
-            body.extend_from_slice(&id.to_le_bytes());
-            body.extend_from_slice(name.as_bytes());
-            for (start, len) in runs {
-                put_u32(body, *start);
-                put_u32(body, *len);
-            }
-        });
-    };
-    let (first, rest) = runs.split_at(runs.len().min(LINEAGE_RUNS_MAX));
-    put(first, 0);
-    rest.chunks(LINEAGE_RUNS_MAX).for_each(|runs| put(runs, LINEAGE_CONTINUED));
-}
-
-fn take_lineage(reader: &mut Reader<'_>) -> Result<Entry, &'static str> {
-    let volume = VolumeId(reader.u64()?);
-    let (flags, name_len, run_count) = (reader.u16()?, reader.u16()?, reader.u32()?);
-    let id = u128::from_le_bytes(reader.array()?);
-    let name = reader.text(name_len)?;
-    let mut runs: Vec<(u32, u32)> = Vec::new();
-    for _ in 0..run_count {
-        let (start, len) = (reader.u32()?, reader.u32()?);
-        let apart = runs.last().is_none_or(|(first, count)| start > first + count);
-        if len == 0 || !apart || start.checked_add(len).is_none() {
-            return Err("runs of changed chunks are empty or out of order");
-        }
-        runs.push((start, len));
-    }
-    let unknown = flags & LINEAGE_UNKNOWN != 0;
-    if flags & !(LINEAGE_HAS_BASE | LINEAGE_UNKNOWN | LINEAGE_CONTINUED) != 0 || (unknown && !runs.is_empty()) {
-        return Err("unknown or contradictory flags of a lineage");
-    }
-    let base = (flags & LINEAGE_HAS_BASE != 0).then_some(SnapshotRef { name, id });
-    let changed = if unknown { Changed::Unknown } else { Changed::Runs(runs) };
-    Ok(Entry::Lineage { volume, lineage: Lineage { base, changed }, continued: flags & LINEAGE_CONTINUED != 0 })
 }
 
 fn take_residency(reader: &mut Reader<'_>) -> Result<Entry, &'static str> {

@@ -145,7 +145,12 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             while at < end {
                 let chunk = (at / chunk_bytes) as u32;
                 let stop = end.min((u64::from(chunk) + 1) * chunk_bytes);
-                let content = find(&contents, chunk);
+                let Some(content) = find(&contents, chunk) else {
+                    // Brought, and not filled into a volume that was rolled back or deleted meanwhile.
+                    self.check_claim(&volume, claim)?;
+                    let message = format!("volume {:?} was changed while it was read: try again", &*volume.spec.name);
+                    return Err(Error::new(Status::Busy, message));
+                };
                 let target = &mut out[(at - offset) as usize..(stop - offset) as usize];
                 copy_padded(target, content.bytes(), (at % chunk_bytes) as usize);
                 at = stop;
@@ -401,6 +406,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
         let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         let content = find(contents, (sector * SECTOR / chunk_bytes) as u32);
+        let content = content.expect("residency never shrinks: an absent chunk was fetched");
         copy_padded(out, content.bytes(), (sector * SECTOR % chunk_bytes) as usize);
         Ok(())
     }
@@ -462,9 +468,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
 }
 
 /// A chunk that became resident while others were fetched is in the file: only absent chunks are looked up here.
-fn find(contents: &[(u32, Content)], chunk: u32) -> &Content {
-    let found = contents.iter().find(|(c, _)| *c == chunk);
-    &found.expect("residency never shrinks: an absent chunk was fetched").1
+fn find(contents: &[(u32, Content)], chunk: u32) -> Option<&Content> {
+    contents.iter().find(|(c, _)| *c == chunk).map(|(_, content)| content)
 }
 
 /// A guest write in its I/O phase.

@@ -94,10 +94,10 @@ pub async fn delete<S: ObjectStore>(
     }
 }
 
-/// Whether the snapshot is no more, though another one may have the name.
+/// Whether the snapshot is no more, though another one may have the name. A manifest that can't be read, now or then, may be its own.
 async fn is_gone<S: ObjectStore>(store: &S, name: &str, id: Option<u128>) -> Result<bool, ObjectError> {
     match store.get(&manifest_key(name)).await {
-        Ok(bytes) => Ok(Manifest::decode(&bytes).ok().map(|manifest| manifest.id) != id),
+        Ok(bytes) => Ok(id.is_some_and(|id| Manifest::decode(&bytes).is_ok_and(|manifest| manifest.id != id))),
         Err(ObjectError::NotFound(_)) => Ok(true),
         Err(e) => Err(e),
     }
