@@ -66,8 +66,9 @@ async fn check_durable_fetches(node: &Node, volume: &VolumeRc) {
     let (id, ranges) = (volume.borrow().spec.id, volume.borrow().fetched_durably.clone());
     for (offset, len) in &ranges {
         let request = Request::Residency { volume: id, offset: *offset, len: *len };
-        let Ok(Reply::Residency { extents, .. }) = node.request(0, JUDGE, request).await else {
-            panic!("no residency")
+        let extents = match node.request(0, JUDGE, request).await {
+            Ok(Reply::Residency { extents, .. }) => extents,
+            other => panic!("no residency of {offset}+{len}: {other:?}"),
         };
         assert!(extents.iter().all(|e| e.resident), "{offset}+{len} was fetched durably, but is absent: {extents:?}");
     }
