@@ -389,6 +389,11 @@ impl<P: Platform> Volume<P> {
                 journal.commit(journal.append(&record)).await?;
             }
             if was_unsynced || !self.synced_in_this_life.get() {
+                if !self.synced_in_this_life.get() {
+                    // A sync that failed in an earlier life may have lost the length for good, though the file shows it.
+                    let sized = self.file().await?.set_len(self.file_len()).await;
+                    sized.map_err(|e| self.io_error("set the length of", &e))?;
+                }
                 let file = self.file().await?;
                 if !mutation::on(Mutation::FlushSkipsDatasync)
                     && let Err(e) = file.datasync().await

@@ -130,7 +130,8 @@ impl Control<'_> {
             // Others were at it, or came before.
             Status::Conflict | Status::UnknownVolume | Status::UnknownSnapshot | Status::Busy => true,
             Status::DeadlineExceeded | Status::ObjectStore | Status::Corrupt => excuses.object_store,
-            Status::Io => excuses.disk,
+            // A volume may have failed for want of space before.
+            Status::Io => excuses.disk || excuses.no_space && error.message.contains("no storage space"),
             Status::NoSpace => excuses.no_space,
             Status::ShuttingDown => self.guests.stopping.get(),
             _ => false,

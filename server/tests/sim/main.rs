@@ -33,7 +33,18 @@ use volley_server::platform::glommio::kernel_random_u64;
 
 /// Seeds beyond the fixed ones that found bugs once: checkpoints without what was appended before them, a file without
 /// its length, a deletion half undone.
-const REGRESSIONS: [u64; 6] = [101, 114, 173, 186, 193, 169_878_677_590_276];
+const REGRESSIONS: [u64; 10] = [
+    101,
+    114,
+    173,
+    186,
+    193,
+    169_878_677_590_276,
+    20_047_942_576_219,
+    77_952_736_710_253,
+    121_746_990_255_264,
+    229_879_750_909_562,
+];
 /// How long fresh seeds run where nobody says.
 const FRESH_SECONDS: u64 = 5;
 /// Fresh seeds tell how far they are so often.
@@ -82,7 +93,6 @@ fn fresh_seeds() {
     if number("VOLLEY_SIM_SEED").is_some() {
         return;
     }
-    let all = number("VOLLEY_SIM_START").is_some();
     let first = number("VOLLEY_SIM_START").unwrap_or_else(|| kernel_random_u64().expect("randomness") >> 16);
     let limit = Duration::from_secs(number("VOLLEY_SIM_SECONDS").unwrap_or(FRESH_SECONDS));
     #[expect(clippy::disallowed_methods, reason = "the real clock ends a run, no simulated one")]
@@ -92,8 +102,7 @@ fn fresh_seeds() {
     let work = || {
         let _failing = SetWhilePanicking(&failed);
         while begun.elapsed() < limit && !failed.load(Ordering::Relaxed) {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            let done = run::seed(if all { seed } else { without_snapshots(seed) }).1;
+            let done = run::seed(next.fetch_add(1, Ordering::Relaxed)).1;
             let (report, tell_at) = &mut *report.lock().expect("nobody panics with it");
             report.add(&done);
             if begun.elapsed() > *tell_at {
@@ -106,12 +115,6 @@ fn fresh_seeds() {
         (0..number("VOLLEY_SIM_JOBS").unwrap_or(1)).for_each(|_| drop(threads.spawn(work)));
     });
     report.into_inner().expect("nobody panicked with it").0.print(&format!("fresh seeds from {first}"));
-}
-
-/// Half of all seeds have snapshots, and one of some hundreds of those fails still (docs/simulation.md, "Open"): they are run
-/// where somebody looks at what they find.
-fn without_snapshots(number: u64) -> u64 {
-    number / 4 * 8 + 4 + number % 4
 }
 
 /// Sets its flag if its thread panics.
