@@ -16,6 +16,7 @@ mod timers;
 use std::cell::Cell;
 use std::future::Future;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::OnceLock;
@@ -130,7 +131,14 @@ impl Platform for Glommio {
                 options.write(true).create_new(true);
             }
         }
-        Ok(GlommioFile::new(options.dma_open(path).await.map_err(plain_error)?))
+        // glommio asks for the file system of the path after it opened the file, and panics where the path is gone by
+        // then: a deletion or a rename would end the process. The path of an open descriptor stays.
+        let opened = options.buffered_open(path).await.map_err(plain_error)?;
+        let of_descriptor = format!("/proc/self/fd/{}", opened.as_raw_fd());
+        options.create_new(false);
+        let file = options.dma_open(of_descriptor).await.map_err(plain_error);
+        opened.close().await.map_err(plain_error)?;
+        Ok(GlommioFile::new(file?))
     }
 
     async fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
@@ -154,6 +155,40 @@ fn errors_keep_their_kind() {
         assert!(read_only.write_at(0, platform.alloc(4096)).await.is_err());
         let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
         assert_eq!(plain_error(full.into()).kind(), ErrorKind::StorageFull);
+    });
+}
+
+#[test]
+fn a_file_that_goes_away_while_it_is_opened_is_opened_or_not_found() {
+    on_executor(|platform, dir| async move {
+        let (here, gone) = (dir.join("here"), dir.join("gone"));
+        std::fs::write(&here, "content").expect("write");
+        let done = Arc::new(AtomicBool::new(false));
+        let renamer = std::thread::spawn({
+            let (here, gone, done) = (here.clone(), gone.clone(), done.clone());
+            move || {
+                while !done.load(Ordering::Relaxed) {
+                    std::fs::rename(&here, &gone).expect("rename");
+                    std::fs::rename(&gone, &here).expect("rename back");
+                }
+            }
+        });
+        let (mut opened, mut missing) = (0, 0);
+        while opened < 500 || missing < 500 {
+            match platform.open(&here, OpenMode::ReadWrite).await {
+                Ok(file) => {
+                    assert_eq!(file.len().await.expect("len"), 7);
+                    file.close().await.expect("close");
+                    opened += 1;
+                }
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+                    missing += 1;
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        renamer.join().expect("the renamer");
     });
 }
 
