@@ -39,6 +39,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post, put};
 
 use crate::datadir::Store;
+use crate::error::{Error, Status};
 use crate::object_store::any::StoreChoice;
 use crate::placement::Overcommit;
 use crate::shard::api::Command;
@@ -224,6 +225,14 @@ impl Control {
             .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
             .with_state(self.clone())
     }
+}
+
+/// Runs it on a thread that nobody uses afterwards: it may block for long, and lower its priority.
+async fn on_own_thread<T: Send + 'static>(name: &str, run: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || drop(sender.send(run())));
+    thread.map_err(|e| Error::from_io(&format!("thread {name:?}"), &e))?;
+    receiver.await.map_err(|_| Error::new(Status::Internal, "it ended early"))
 }
 
 #[cfg(test)]

@@ -4,9 +4,21 @@
 //! (which nothing but the mutation check turns on) `on` is the constant `false` and the compiler drops the branch. With
 //! it, a test switches one mutation on for its own thread; no flag, file or request of a server can.
 
-/// A bug, named by what the code does wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutation {
+macro_rules! mutations {
+    ($($(#[$doc:meta])+ $name:ident,)+) => {
+        /// A bug, named by what the code does wrong.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Mutation {
+            $($(#[$doc])+ $name,)+
+        }
+
+        impl Mutation {
+            pub const ALL: &[Mutation] = &[$(Mutation::$name,)+];
+        }
+    };
+}
+
+mutations! {
     /// The journal says that sectors are resident before their data is synced.
     RecordBeforeData,
     /// A flush syncs the data and forgets the residency map.
@@ -113,67 +125,6 @@ pub enum Mutation {
     CollectionIgnoresImports,
     /// A snapshot is deleted under the volumes that need it.
     DeletionIgnoresReferences,
-}
-
-impl Mutation {
-    pub const ALL: [Mutation; 53] = {
-        use Mutation::*;
-        [
-            RecordBeforeData,
-            FlushSkipsMap,
-            FlushSkipsDatasync,
-            FirstFlushTrustsEarlierLife,
-            FuaIgnored,
-            CommitWithoutSync,
-            DurableFetchNotSynced,
-            FillIgnoresSectors,
-            FillDecidesBeforeLock,
-            FillWithoutLock,
-            ResidentBeforeWritten,
-            ZeroWithoutPunch,
-            ZeroRoundsOutward,
-            ZeroFillTrustsFile,
-            EdgeWithoutOldContent,
-            FetchEndsWithCaller,
-            SingleFlightBroken,
-            DigestNotChecked,
-            FailedFetchIsZeroes,
-            StaleGenerationAccepted,
-            OldConnectionAccepted,
-            ClaimNotCheckedAgain,
-            AttachOvertakesWrites,
-            GenerationNotJournaled,
-            DeletionNotJournaled,
-            DeletionBeforeItsName,
-            DirectoryNotSynced,
-            CheckpointForgetsCreating,
-            CheckpointDumpsUnsynced,
-            CheckpointDropsAppends,
-            TornBatchAccepted,
-            RestartLosesPartition,
-            SuperblockNotSynced,
-            SlotNotVerified,
-            SlotOfAnotherChunk,
-            PlaceBeforeItsBytes,
-            LentPlacePunched,
-            LatestDeadlineFirst,
-            ChangeNotNoted,
-            ChangesSinceCutForgotten,
-            WriteOvertakesCapture,
-            CutDoesNotWaitForWrites,
-            RollbackKeepsResidency,
-            ChangeNotAnnounced,
-            BaseBeforeSync,
-            SecondChunkOvertakesCapture,
-            GivenUpForgetsChanges,
-            CheckpointForgetsChanges,
-            RollbackOvertakesFills,
-            CutOfAnotherVolume,
-            DeletionDuringRollback,
-            CollectionIgnoresImports,
-            DeletionIgnoresReferences,
-        ]
-    };
 }
 
 /// Whether the bug is switched on.

@@ -17,6 +17,7 @@ pub mod marker;
 pub mod merkle;
 pub mod pack;
 pub mod read;
+pub mod sectors;
 
 pub use catalog::CatalogError;
 pub use chunk::{CorruptChunk, EncodedChunk, Encoding, decode_chunk, encode_chunk, is_zero};

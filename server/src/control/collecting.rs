@@ -16,6 +16,7 @@ use crate::snapshot::gc::{GcOptions, GcReport, collect};
 
 use super::Control;
 use super::create::unix_ms;
+use super::on_own_thread;
 
 /// What collections of this node did since its start.
 #[derive(Default)]
@@ -109,18 +110,11 @@ fn first_pause(every: Duration, node_id: u128) -> Duration {
 }
 
 async fn collect_on_a_thread(choice: StoreChoice) -> Result<GcReport, String> {
-    let (sender, ended) = tokio::sync::oneshot::channel();
-    let thread = std::thread::Builder::new().name("gc".to_owned());
-    let started = thread.spawn(move || {
-        let store = open_store(&choice).map_err(|e| e.to_string());
-        let collected = store.and_then(|store| {
-            let collected = block_on(collect(&store, &Blocking, &GcOptions::default()));
-            collected.map_err(|e| e.to_string())
-        });
-        let _ = sender.send(collected);
+    let collected = on_own_thread("gc", move || {
+        let store = open_store(&choice).map_err(|e| e.to_string())?;
+        block_on(collect(&store, &Blocking, &GcOptions::default())).map_err(|e| e.to_string())
     });
-    started.map_err(|e| format!("can't start a thread: {e}"))?;
-    ended.await.unwrap_or_else(|_| Err("it ended early".to_owned()))
+    collected.await.map_err(|e| e.to_string())?
 }
 
 #[cfg(test)]

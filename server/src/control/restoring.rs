@@ -12,15 +12,13 @@ use crate::error::Status;
 use crate::shard::api::{Command, VolumeLineage};
 use crate::snapshot::Manifest;
 use crate::snapshot::diff::differing;
+use crate::snapshot::sectors::Differing;
 
 use super::Control;
 use super::blocks::id_text;
 use super::extract::{Body, Params, Segment};
 use super::problem::{Answer, Problem};
 use super::snapshotting::TakeRequest;
-use sectors::Differing;
-
-mod sectors;
 
 /// Chunks of one step of a verification.
 const STEP_CHUNKS_MAX: u32 = 4096;

@@ -11,10 +11,11 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use volley_protocol::name::check_name;
 
-use crate::error::{Error, Result, Status};
+use crate::error::{Error, Status};
 
 use super::Control;
 use super::extract::{Body, Params, Segment};
+use super::on_own_thread;
 use super::problem::{Answer, Problem};
 use super::taking::{self, Task, Wanted};
 
@@ -202,7 +203,7 @@ impl Control {
             };
             taking::take(&control.0.shards, choice, &wanted, &progress)
         };
-        let taken = on_own_thread(take).await;
+        let taken = on_own_thread("snapshot", take).await.and_then(|taken| taken);
         match &taken {
             Ok(taken) => {
                 for one in taken {
@@ -229,14 +230,6 @@ impl Control {
         });
         state.end(&name);
     }
-}
-
-/// Runs it on a thread that nobody uses afterwards: it may lower its priority.
-async fn on_own_thread<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    let thread = std::thread::Builder::new().name("snapshot".to_owned()).spawn(move || drop(sender.send(run())));
-    thread.map_err(|e| Error::from_io("thread of a snapshot", &e))?;
-    receiver.await.unwrap_or_else(|_| Err(Error::new(Status::Internal, "it ended early")))
 }
 
 /// The volumes, and the names of their snapshots.

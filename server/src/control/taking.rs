@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use futures::executor::block_on;
@@ -21,10 +21,10 @@ use crate::object_store::any::StoreChoice;
 use crate::platform::Platform;
 use crate::platform::blocking::{Blocking, ToolStore, open_store};
 use crate::platform::glommio::lower_priority;
-use crate::shard::api::{Command, CutVolume, CutWanted, VolumeLineage};
+use crate::shard::api::{Command, CutVolume, CutWanted, Prepared};
 use crate::shard::changes::ChunkSet;
 use crate::snapshot::{CatalogError, ChunkEntry, Manifest, catalog, deletion};
-use crate::types::{Changed, SnapshotRef};
+use crate::types::SnapshotRef;
 
 use super::shards::{Shards, object_error};
 
@@ -64,12 +64,7 @@ struct Subject {
     volume: String,
     snapshot: String,
     shard: usize,
-    lineage: VolumeLineage,
-    /// What chunks that are not captured equal; `None`: zeroes.
-    base: Option<Manifest>,
-    source: Option<Manifest>,
-    /// The base could not be had or is not known to be right: look at everything.
-    all: bool,
+    prepared: Prepared,
 }
 
 /// Takes the snapshots; `progress` is told bytes looked at and in all.
@@ -131,18 +126,6 @@ impl Subject {
             stall_us: u64::try_from(cut.stall.as_micros()).unwrap_or(u64::MAX),
         }
     }
-
-    fn wanted(&self) -> CutWanted {
-        CutWanted { name: self.volume.clone(), all: self.all, also: self.grown_chunk() }
-    }
-
-    /// The last chunk of what it builds on, if it is longer in the volume.
-    fn grown_chunk(&self) -> Option<u32> {
-        let builds_on = if self.all { &self.source } else { &self.base };
-        let manifest = builds_on.as_ref().filter(|manifest| manifest.size_bytes < self.lineage.size_bytes)?;
-        let last = manifest.chunk_count() - 1;
-        (manifest.chunk_len(last) < self.lineage.chunk_bytes).then_some(last)
-    }
 }
 
 fn look_up(shards: &Shards, store: &ToolStore, volume: &str, snapshot: &str) -> Result<Subject> {
@@ -160,13 +143,13 @@ fn look_up(shards: &Shards, store: &ToolStore, volume: &str, snapshot: &str) -> 
         Some(base) => manifest_of(store, base)?,
         None => None,
     };
-    let all = lineage.lineage.changed == Changed::Unknown || base.is_none() != lineage.lineage.base.is_none();
-    Ok(Subject { volume: volume.to_owned(), snapshot: snapshot.to_owned(), shard, lineage, base, source, all })
+    let prepared = Prepared::new(lineage, base, source);
+    Ok(Subject { volume: volume.to_owned(), snapshot: snapshot.to_owned(), shard, prepared })
 }
 
-fn manifest_of(store: &ToolStore, snapshot: &SnapshotRef) -> Result<Option<Manifest>> {
+fn manifest_of(store: &ToolStore, snapshot: &SnapshotRef) -> Result<Option<Arc<Manifest>>> {
     match block_on(catalog::load(store, &snapshot.name)) {
-        Ok(manifest) => Ok(Some(manifest).filter(|manifest| manifest.id == snapshot.id)),
+        Ok(manifest) => Ok(Some(Arc::new(manifest)).filter(|manifest| manifest.id == snapshot.id)),
         Err(CatalogError::Unknown(_)) => Ok(None),
         Err(e) => Err(Error::new(Status::ObjectStore, e.to_string())),
     }
@@ -176,7 +159,7 @@ fn manifest_of(store: &ToolStore, snapshot: &SnapshotRef) -> Result<Option<Manif
 fn cut_all(shards: &Shards, subjects: &[Subject], cut: u64) -> Result<Vec<CutVolume>> {
     let mut by_shard: BTreeMap<usize, Vec<CutWanted>> = BTreeMap::new();
     for subject in subjects {
-        by_shard.entry(subject.shard).or_default().push(subject.wanted());
+        by_shard.entry(subject.shard).or_default().push(subject.prepared.wanted(&subject.volume));
     }
     let freeze = |(shard, wanted): (&usize, &Vec<CutWanted>)| {
         let names = wanted.iter().map(|wanted| wanted.name.clone()).collect();
@@ -212,7 +195,7 @@ fn cut_all(shards: &Shards, subjects: &[Subject], cut: u64) -> Result<Vec<CutVol
 fn check_fit(shards: &Shards, subject: &Subject, cut: Option<&CutVolume>) -> Result<()> {
     let name = &subject.volume;
     let now = shards.ask_now(subject.shard, |reply| Command::Lineage { name: name.clone(), reply })??;
-    if cut.is_some_and(|cut| cut.fits(&subject.lineage, &now)) {
+    if cut.is_some_and(|cut| cut.fits(&subject.prepared.lineage, &now)) {
         return Ok(());
     }
     let text = format!("volume {name:?} was changed by another snapshot or a rollback meanwhile: try again");
@@ -230,34 +213,34 @@ fn store_all(
     bandwidth: Option<u64>,
     progress: &(impl Fn(u64, u64) + Sync),
 ) -> Result<Vec<StoredVolume>> {
-    let total: u64 = subjects.iter().map(|subject| subject.lineage.size_bytes).sum();
+    let total: u64 = subjects.iter().map(|subject| subject.prepared.lineage.size_bytes).sum();
     let pace = Pace::new(bandwidth);
     let mut before = 0;
     let mut stored = Vec::with_capacity(subjects.len());
     for ((subject, begun), cut_volume) in subjects.iter().zip(begun).zip(cuts) {
-        let builds_on = if cut_volume.known { subject.base.as_ref() } else { subject.source.as_ref() };
+        let prepared = &subject.prepared;
         let device = VolumeDevice {
             shards,
             subject,
             cut,
             cut_volume,
             pending: cut_volume.chunks.iter().copied().collect(),
-            builds_on,
+            builds_on: prepared.builds_on(cut_volume).map(|manifest| &**manifest),
             pace: &pace,
         };
-        let manifests: Vec<&Manifest> = subject.base.iter().chain(&subject.source).collect();
+        let manifests: Vec<&Manifest> = prepared.manifests().map(|manifest| &**manifest).collect();
         let captured = Captured {
             name: subject.snapshot.clone(),
-            chunk_bytes: subject.lineage.chunk_bytes,
+            chunk_bytes: prepared.lineage.chunk_bytes,
             device: &device,
             builds_on: &manifests,
             look_everywhere: !cut_volume.known,
-            parent: subject.base.as_ref().or(subject.source.as_ref()).map(|manifest| manifest.name.clone()),
+            parent: prepared.parent(),
             threads: THREADS,
         };
         let done = |done: u64, _| progress(before + done, total);
         stored.push(begun.store(store, &captured, &done).map_err(|e| import_error(&e))?);
-        before += subject.lineage.size_bytes;
+        before += prepared.lineage.size_bytes;
     }
     Ok(stored)
 }
@@ -294,7 +277,7 @@ struct VolumeDevice<'a> {
 
 impl Device for VolumeDevice<'_> {
     fn device_bytes(&self) -> u64 {
-        self.subject.lineage.size_bytes
+        self.subject.prepared.lineage.size_bytes
     }
 
     fn chunk(&self, index: u32, _offset: u64, len: u32) -> io::Result<Found> {

@@ -20,7 +20,7 @@ use crate::types::{HydrationRate, SnapshotRef, VolumeId, VolumeSpec};
 
 pub use cache::{CacheStatus, Dropped, WarmStatus};
 pub use loads::{BatchOnStore, BatchTotals, StoreLoad, StoreSharing};
-pub use snapshots::{CheckedChunk, CutVolume, CutWanted, VolumeLineage};
+pub use snapshots::{CheckedChunk, CutVolume, CutWanted, Prepared, VolumeLineage};
 pub use stats::{ShardStats, StoreStats};
 
 /// A connection of this process's life: unique over all shards.

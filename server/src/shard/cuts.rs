@@ -240,8 +240,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let own = volume.map.borrow().is_sector_resident(whole.start + u64::from(sector));
             if own { &mut staged.own } else { &mut staged.source }.insert(sector);
         }
-        let runs = staged.own.runs();
-        let bytes = runs.iter().map(|(_, len)| u64::from(*len) * SECTOR).sum::<u64>();
+        let runs = runs_of(whole, &staged.own);
+        let bytes = runs.iter().map(|run| (run.end - run.start) * SECTOR).sum::<u64>();
         if store.staged_bytes.get() + bytes > self.0.config.staging_bytes {
             let message = format!(
                 "the staging area of store {:?} is full: guests overwrite faster than the snapshot is stored (snapshots.staging_bytes)",
@@ -252,11 +252,9 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         if bytes > 0 {
             let staging = self.staging_of(volume).await?;
             let mut copied = Vec::new();
-            for (first, len) in runs {
-                let start = whole.start + u64::from(first);
-                let run = SectorRange { start, end: start + u64::from(len) };
+            for run in runs {
                 if !shares_extents || !volume.share_out(run, &staging).await? {
-                    copied.push((start * SECTOR, volume.copy_out(run).await?));
+                    copied.push((run.start * SECTOR, volume.copy_out(run).await?));
                 }
             }
             let write = self.clone().put_aside(volume.clone(), cut, staging, copied, at_work);
@@ -284,8 +282,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     ) {
         for (offset, buf) in copied {
             if let Err(error) = staging.write_at(offset, buf).await {
-                let path = self.staging_path(&volume);
-                self.give_up(&volume, cut, Error::from_io(&format!("staging file {}", path.display()), &error));
+                self.give_up(&volume, cut, self.staging_error(&volume, &error));
             }
         }
         drop(at_work);
@@ -296,9 +293,16 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     fn to_stage(&self, volume: &Volume<P>, chunk: u32, sectors: &[u32], shares_extents: bool) -> Vec<u32> {
         let (Some(first), Some(last)) = (sectors.first(), sectors.last()) else { return Vec::new() };
         let whole = volume.map.borrow().chunk_sectors(chunk);
-        let grain = if shares_extents { u32::MAX } else { COPIED_SECTORS };
-        let end = ((last / grain).saturating_add(1)).saturating_mul(grain).min((whole.end - whole.start) as u32);
-        volume.changes.borrow().needed(chunk, first / grain * grain..end)
+        let all = (whole.end - whole.start) as u32;
+        let part = match shares_extents {
+            true => 0..all,
+            false => first / COPIED_SECTORS * COPIED_SECTORS..(last + 1).next_multiple_of(COPIED_SECTORS).min(all),
+        };
+        volume.changes.borrow().needed(chunk, part)
+    }
+
+    fn staging_error(&self, volume: &Volume<P>, error: &std::io::Error) -> Error {
+        Error::from_io(&format!("staging file {}", self.staging_path(volume).display()), error)
     }
 
     fn staging_path(&self, volume: &Volume<P>) -> PathBuf {
@@ -312,7 +316,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return Ok(file.clone());
         }
         let path = self.staging_path(volume);
-        let failed = |e: std::io::Error| Error::from_io(&format!("staging file {}", path.display()), &e);
+        let failed = |e: std::io::Error| self.staging_error(volume, &e);
         let dir = &self.0.stores[volume.store].staging_dir;
         self.0.platform.create_dir_all(dir).await.map_err(failed)?;
         let file = self.0.platform.open(&path, OpenMode::CreateNew).await.map_err(failed)?;
@@ -333,7 +337,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let mut content = vec![0; bytes as usize];
         let own = self.capture_own(&volume, cut, chunk, whole, &mut content).await?;
         drop(turn);
-        if own.iter().map(|(start, end)| end - start).sum::<u64>() < whole.end - whole.start {
+        if own.iter().map(|run| run.end - run.start).sum::<u64>() < whole.end - whole.start {
             self.add_source(&volume, chunk, whole, &own, &mut content).await?;
         }
         let end = volume.spec.size_bytes - u64::from(chunk) * u64::from(volume.spec.chunk_bytes);
@@ -349,7 +353,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         chunk: u32,
         whole: SectorRange,
         content: &mut [u8],
-    ) -> Result<Vec<(u64, u64)>> {
+    ) -> Result<Vec<SectorRange>> {
         let _alone = volume.locks.lock(chunk, Mode::Alone).await;
         volume.staging_writes.ended_on(chunk).await;
         let given_up =
@@ -362,30 +366,21 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volume.map.borrow().is_sector_resident(whole.start + u64::from(sector)) && !staged.source.contains(sector)
         };
         let own: ChunkSet = (0..(whole.end - whole.start) as u32).filter(|sector| in_volume(*sector)).collect();
-        let absolute = |set: &ChunkSet| {
-            let run = |(first, len): (u32, u32)| {
-                let start = whole.start + u64::from(first);
-                SectorRange { start, end: start + u64::from(len) }
-            };
-            set.runs().into_iter().map(run).collect::<Vec<_>>()
-        };
-        let own = absolute(&own);
+        let own = runs_of(whole, &own);
         for run in &own {
             content[place(run)].copy_from_slice(&volume.read_sectors(*run).await?);
         }
         let staging = volume.staging.borrow().clone();
-        for run in absolute(&staged.own) {
+        for run in runs_of(whole, &staged.own) {
             let file = staging.as_ref().ok_or_else(|| given_up("its staging file is gone".to_owned()))?;
             let target = &mut content[place(&run)];
             let read = file.read_at(run.start * SECTOR, target.len()).await.and_then(|read| {
                 if read.len() == target.len() { Ok(read) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
             });
-            let path = self.staging_path(volume);
-            let failed = |e: std::io::Error| Error::from_io(&format!("staging file {}", path.display()), &e);
-            target.copy_from_slice(&read.map_err(failed)?);
+            target.copy_from_slice(&read.map_err(|e| self.staging_error(volume, &e))?);
         }
         volume.changes.borrow_mut().captured(cut, chunk);
-        Ok(own.into_iter().map(|run| (run.start, run.end)).collect())
+        Ok(own)
     }
 
     /// Adds to a chunk what is still its source's.
@@ -394,7 +389,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         volume: &Rc<Volume<P>>,
         chunk: u32,
         whole: SectorRange,
-        own: &[(u64, u64)],
+        own: &[SectorRange],
         content: &mut [u8],
     ) -> Result<()> {
         let manifest = self.manifest_of(volume).await?;
@@ -405,10 +400,10 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let Some(answer) = self.request(vec![source], FetchClass::Background).pop() else { return Ok(()) };
         let fetched = answer.chunk().await?;
         let mut at = whole.start;
-        for (start, end) in own.iter().copied().chain([(whole.end, whole.end)]) {
-            let (from, to) = (((at - whole.start) * SECTOR) as usize, ((start - whole.start) * SECTOR) as usize);
+        for own in own.iter().copied().chain([SectorRange { start: whole.end, end: whole.end }]) {
+            let (from, to) = (((at - whole.start) * SECTOR) as usize, ((own.start - whole.start) * SECTOR) as usize);
             copy_padded(&mut content[from..to], &fetched.data, from);
-            at = end;
+            at = own.end;
         }
         Ok(())
     }
@@ -416,17 +411,14 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Ends a cut: with the snapshot it became, or as if it had never been begun.
     pub(super) async fn end_cut(&self, id: VolumeId, cut: u64, snapshot: Option<SnapshotRef>) -> Result<()> {
         let volume = self.volume(id)?;
-        let committed = snapshot.is_some();
         if volume.changes.borrow().cut() != Some(cut) {
             return Ok(());
         }
         self.drop_staging(&volume).await;
-        if !committed {
-            volume.changes.borrow_mut().end(cut, None);
-            return Ok(());
-        }
-        let ready = self.before_lineage(&volume).await;
-        if volume.changes.borrow_mut().end(cut, snapshot.filter(|_| ready.is_ok())) && ready.is_ok() {
+        let ready = if snapshot.is_some() { self.before_lineage(&volume).await } else { Ok(()) };
+        let snapshot = snapshot.filter(|_| ready.is_ok());
+        let committed = snapshot.is_some();
+        if volume.changes.borrow_mut().end(cut, snapshot) && committed {
             let lineage = volume.changes.borrow_mut().recorded();
             let lsn = self.0.journal.append(&Record::Lineage { volume: id, lineage });
             return self.0.journal.commit(lsn).await;
@@ -458,6 +450,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.0.counters.event(self.0.platform.wall_clock_ms(), &text);
         }
     }
+}
+
+/// The sectors of a set, which counts from the first of the chunk, in runs.
+fn runs_of(chunk: SectorRange, sectors: &ChunkSet) -> Vec<SectorRange> {
+    let run = |(first, len): (u32, u32)| {
+        let start = chunk.start + u64::from(first);
+        SectorRange { start, end: start + u64::from(len) }
+    };
+    sectors.runs().into_iter().map(run).collect()
 }
 
 fn thaw<P: Platform>(volume: &Volume<P>, cut: u64) {

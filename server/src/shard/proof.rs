@@ -41,10 +41,11 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             let content = if content { resident_parts(&volume, whole).await? } else { Vec::new() };
             return Ok(CheckedChunk { digest: None, rest_is_zero: false, changed, content });
         }
-        let read = read_in_device(&volume, whole).await?;
+        let read = volume.read_sectors(whole).await?;
+        let read = &read[..bytes_in_device(&volume, whole)];
         let (data, rest) = read.split_at((len as usize).min(read.len()));
         let (digest, rest_is_zero) = (Some(*blake3::hash(data).as_bytes()), is_zero(rest));
-        let content = if content { vec![(whole.start * SECTOR, read)] } else { Vec::new() };
+        let content = if content { vec![(whole.start * SECTOR, read.to_vec())] } else { Vec::new() };
         Ok(CheckedChunk { digest, rest_is_zero, changed, content })
     }
 
@@ -95,16 +96,15 @@ async fn resident_parts<P: Platform>(volume: &Volume<P>, range: SectorRange) -> 
     let mut parts = Vec::new();
     for run in runs.into_iter().filter(|run| run.resident) {
         let run = SectorRange { start: run.start, end: run.end };
-        parts.push((run.start * SECTOR, read_in_device(volume, run).await?));
+        let read = volume.read_sectors(run).await?;
+        parts.push((run.start * SECTOR, read[..bytes_in_device(volume, run)].to_vec()));
     }
     Ok(parts)
 }
 
-/// Sectors from the volume's disk, without what lies behind the end of the device.
-async fn read_in_device<P: Platform>(volume: &Volume<P>, range: SectorRange) -> Result<Vec<u8>> {
-    let read = volume.read_sectors(range).await?;
-    let in_device = (range.end * SECTOR).min(volume.spec.size_bytes).saturating_sub(range.start * SECTOR);
-    Ok(read[..in_device as usize].to_vec())
+/// How much of these sectors lies in the device.
+fn bytes_in_device<P: Platform>(volume: &Volume<P>, range: SectorRange) -> usize {
+    (range.end * SECTOR).min(volume.spec.size_bytes).saturating_sub(range.start * SECTOR) as usize
 }
 
 /// What was asked about goes by an account of changes that is still the volume's.

@@ -45,11 +45,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.replace(&volume, state).await
         };
         let replaced = replaced.await;
-        volume.end_retirement(replaced.is_ok());
-        if replaced.is_err() {
-            self.wake_hydrator(&volume);
-        }
-        replaced
+        self.end_retirement(&volume, replaced)
     }
 
     /// Makes the device longer; what is new reads as zeroes.
@@ -81,11 +77,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             self.replace(&volume, state).await
         };
         let replaced = replaced.await;
-        volume.end_retirement(replaced.is_ok());
-        if replaced.is_err() {
-            self.wake_hydrator(&volume);
-        }
-        replaced
+        self.end_retirement(&volume, replaced)
     }
 
     /// Ends what guests and fills do to the volume; new ones wait or are refused.
@@ -112,6 +104,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             volume.fills_done.until(|| volume.filling.get() == 0).await;
         }
         Ok(())
+    }
+
+    /// A volume that was not replaced goes on.
+    fn end_retirement(&self, volume: &Rc<Volume<P>>, replaced: Result<()>) -> Result<()> {
+        volume.end_retirement(replaced.is_ok());
+        if replaced.is_err() {
+            self.wake_hydrator(volume);
+        }
+        replaced
     }
 
     /// The volume as a restart will find it, once everything is durable.

@@ -268,7 +268,10 @@ impl<P: Platform> Volume<P> {
             return Ok(file.clone());
         }
         let opened = self.platform.open(&self.path, OpenMode::ReadWrite).await;
-        let file = opened.map_err(|e| self.io_error("open", &e))?;
+        let file = opened.map_err(|e| match self.deleted.get() {
+            true => Error::new(Status::UnknownVolume, format!("volume {:?} was deleted", &*self.spec.name)),
+            false => self.io_error("open", &e),
+        })?;
         let len = file.len().await.map_err(|e| self.io_error("stat", &e))?;
         if len < self.file_len() {
             if self.has_durable_data.get() {

@@ -1,7 +1,7 @@
 //! The control thread of a node in the simulation: it takes snapshots, makes volumes of them and rolls volumes back, in the
 //! order of `server/src/control`, and deletes and collects as the tools do.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::pin::pin;
 use std::rc::Rc;
@@ -18,7 +18,7 @@ use volley_server::shard::api::{Command, FetchUntil, Request, VolumeLineage};
 use volley_server::snapshot::claim::ClaimError;
 use volley_server::snapshot::deletion::{self, Outcome};
 use volley_server::snapshot::diff::differing;
-use volley_server::snapshot::gc::{GcOptions, collect};
+use volley_server::snapshot::gc::{GcOptions, GcReport, collect};
 use volley_server::snapshot::{CatalogError, Manifest, REFERENCE_PREFIX, catalog, reference_key};
 use volley_server::types::SnapshotRef;
 
@@ -47,6 +47,8 @@ pub struct Control<'a> {
     pub built_on: RefCell<Vec<Arc<str>>>,
     /// Volumes that were looked up for a snapshot, and are not cut yet.
     pub looked_up: RefCell<Vec<VolumeRc>>,
+    /// Snapshots that are stored are committed so much later.
+    pub before_commit: Cell<Option<Duration>>,
 }
 
 impl Control<'_> {
@@ -60,6 +62,7 @@ impl Control<'_> {
             references: Mutex::default(),
             built_on: RefCell::default(),
             looked_up: RefCell::default(),
+            before_commit: Cell::default(),
             sim,
         }
     }
@@ -184,7 +187,7 @@ impl Control<'_> {
     }
 
     /// Makes the references equal to what volumes need.
-    async fn reconcile(&self) -> Result<bool> {
+    pub async fn reconcile(&self) -> Result<bool> {
         let references = self.references.lock().await;
         let listed = self.store.list(REFERENCE_PREFIX).await.map_err(of_store)?;
         let suffix = format!("/{}", *NODE_ID);
@@ -192,15 +195,15 @@ impl Control<'_> {
         let held: BTreeSet<String> = listed.iter().filter_map(|object| name(&object.key)).collect();
         *references.borrow_mut() = held.clone();
         let mut needed = self.node.snapshots_needed().await?;
+        needed.retain(|name| name.starts_with(NAMES));
+        if let Some(missing) = needed.difference(&held).next() {
+            panic!("nobody holds snapshot {missing:?}, which a volume needs");
+        }
         for volume in &*self.guests.volumes.borrow() {
             // Whether it is there is known after a restart.
             if volume.borrow().existence != Existence::Sure {
                 needed.extend(volume.borrow().may_need().map(|name| name.to_string()));
             }
-        }
-        needed.retain(|name| name.starts_with(NAMES));
-        if let Some(missing) = needed.difference(&held).next() {
-            panic!("nobody holds snapshot {missing:?}, which a volume needs");
         }
         for name in held.difference(&needed) {
             references.borrow_mut().remove(name);
@@ -389,14 +392,18 @@ impl Control<'_> {
         match collected {
             Ok(report) => {
                 report.snapshots_deleted.iter().for_each(|name| snapshots.deleted(name));
-                self.guests.count_many("pack removed", report.packs_removed);
-                self.guests.count_many("pack condemned", report.packs_condemned);
+                self.count_packs(&report);
                 Ok(true)
             }
             // Its marker was never put, or is gone already.
             Err(CatalogError::NoImport(_)) => Ok(false),
             Err(error) => Err(of_catalog(&error)),
         }
+    }
+
+    pub fn count_packs(&self, report: &GcReport) {
+        self.guests.count_many("pack removed", report.packs_removed);
+        self.guests.count_many("pack condemned", report.packs_condemned);
     }
 }
 

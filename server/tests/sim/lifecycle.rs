@@ -177,9 +177,12 @@ impl Guests {
     }
 
     pub(crate) async fn delete(&self, node: &Node, session: &Session) {
-        if self.volumes.borrow().len() < 3 || self.below(3) > 0 {
-            return;
+        if self.volumes.borrow().len() >= 3 && self.below(3) == 0 {
+            self.delete_for_sure(node, session).await;
         }
+    }
+
+    pub async fn delete_for_sure(&self, node: &Node, session: &Session) {
         let name: Arc<str> = session.model.borrow().spec.name.clone();
         session.model.borrow_mut().existence = Existence::Leaving;
         let make = |reply| Command::DeleteVolume { name: name.to_string(), force: true, reply };

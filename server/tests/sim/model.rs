@@ -38,6 +38,19 @@ struct Sector {
 }
 
 impl Sector {
+    /// As it was found after a restart.
+    fn settled(&self, allowed: &[Entry], tag: Tag, after: After) -> Sector {
+        let mut log = if after == After::PowerCut { Vec::new() } else { allowed.to_vec() };
+        log.push(Entry { tag, op: 0, acked: true });
+        let in_doubt = match after {
+            After::PowerCut => false,
+            After::Kill => self.doubtful.is_some_and(|at| self.log[at].tag == tag),
+            After::KillOnBadDisk => log.len() > 2,
+        };
+        let doubtful = in_doubt.then(|| log.len() - 1);
+        Sector { log, durable: 0, busy: None, doubtful }
+    }
+
     fn current(&self) -> usize {
         self.log.iter().rposition(|entry| entry.acked).unwrap_or(0)
     }
@@ -275,7 +288,7 @@ impl VolumeModel {
             let Some(entry) = allowed.iter().rev().find(|entry| self.values.is(index, entry.tag, bytes)) else {
                 return Err(self.complaint("after restart", index, bytes, &allowed));
             };
-            settled.push(settled_sector(&allowed, entry.tag, after));
+            settled.push(sector.settled(&allowed, entry.tag, after));
         }
         self.sectors = settled;
         Ok(())
@@ -289,7 +302,7 @@ impl VolumeModel {
                 let allowed = Entry { tag, op: 0, acked: true };
                 return Err(self.complaint("after a rollback and a restart", index, bytes, &[allowed]));
             }
-            self.sectors[index] = settled_sector(&sector.log[sector.durable..], tag, after);
+            self.sectors[index] = sector.settled(&sector.log[sector.durable..], tag, after);
         }
         Ok(())
     }
@@ -395,14 +408,6 @@ impl VolumeModel {
             sector.durable
         )
     }
-}
-
-/// As it was found after a restart.
-fn settled_sector(allowed: &[Entry], tag: Tag, after: After) -> Sector {
-    let mut log = if after == After::PowerCut { Vec::new() } else { allowed.to_vec() };
-    log.push(Entry { tag, op: 0, acked: true });
-    let doubtful = (after == After::KillOnBadDisk && log.len() > 2).then(|| log.len() - 1);
-    Sector { log, durable: 0, busy: None, doubtful }
 }
 
 fn sectors(offset: u64, len: u64) -> std::ops::Range<usize> {

@@ -1,15 +1,16 @@
 //! Others come in between while a snapshot is taken: what it builds on is deleted and collected, or the volume is rolled
-//! back. Seeds of the simulation do the same now and then; here every moment has its turn.
+//! back; and while it is rolled back it is deleted. Seeds of the simulation do the same now and then; here every moment
+//! has its turn.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use volley_server::platform::sim::{SimObjects, SimRng, SimWorld};
+use volley_server::platform::sim::{DiskOp, SimObjects, SimRng, SimWorld};
 
 use crate::control::Control;
 use crate::guest::{Guests, Session, VolumeRc};
-use crate::judge::judge_volume;
+use crate::judge::{judge_deleted, judge_names, judge_volume};
 use crate::model::{After, VolumeModel};
 use crate::node::{CHUNK_BYTES, Node, NodeSettings, make_directories, make_snapshot, volume_spec};
 use crate::snapshots::Snapshots;
@@ -18,21 +19,48 @@ const SEEDS: u64 = 100;
 const CHUNK: u64 = CHUNK_BYTES as u64;
 /// A slow snapshot takes about as long.
 const DELAY_MAX_US: u64 = 400_000;
+const ROLLBACK_MAX_US: u64 = 40_000;
 
 pub fn others_come_in_between() {
     for seed in 0..SEEDS {
         of_one_seed(seed);
         a_power_cut_after_a_snapshot(seed);
+        a_deletion_during_a_rollback(seed);
     }
+}
+
+/// The volume is refused to be deleted, or is gone for good: no rollback brings it back.
+fn a_deletion_during_a_rollback(seed: u64) {
+    let (world, objects, guests, volume) = machine(seed);
+    world.block_on(async {
+        let node = start_with(&world, &objects, &guests, &volume).await;
+        let control = Control::new(&world, &node, &objects, &guests);
+        control.done("snapshot", control.take_one(&volume, false).await);
+        write(&guests, &node, &volume, 0).await;
+        // A rollback waits for the disk most of the time.
+        world.slow_disk("/node", DiskOp::Sync, Duration::from_millis(1)..Duration::from_millis(20));
+        let rolled = async { control.done("rollback", control.roll_back_to_any(&volume).await) };
+        let deleted = async {
+            control.pause(ROLLBACK_MAX_US).await;
+            guests.delete_for_sure(&node, &Session::of(&volume)).await;
+        };
+        futures::join!(rolled, deleted);
+    });
+    world.kill();
+    world.block_on(async {
+        let node = start(&world, &objects).await;
+        judge_names(&node, &guests).await;
+        for spec in &*guests.deleted.borrow() {
+            judge_deleted(&world.platform(), &node, spec).await;
+        }
+    });
 }
 
 /// What no flush has covered is in the snapshot, and may be gone from the volume: the next one knows.
 fn a_power_cut_after_a_snapshot(seed: u64) {
     let (world, objects, guests, volume) = machine(seed);
     world.block_on(async {
-        let node = start(&world, &objects).await;
-        let spec = volume.borrow().spec.clone();
-        guests.create_all(&node, vec![spec], vec![volume.clone()]).await;
+        let node = start_with(&world, &objects, &guests, &volume).await;
         let control = Control::new(&world, &node, &objects, &guests);
         guests.attach(&node, &volume).await;
         guests.write_to(&node, &Session::of(&volume), (0, 2 * CHUNK)).await;
@@ -63,9 +91,7 @@ fn machine(seed: u64) -> (SimWorld, SimObjects, Rc<Guests>, VolumeRc) {
 fn of_one_seed(seed: u64) {
     let (world, objects, guests, volume) = machine(seed);
     world.block_on(async {
-        let node = start(&world, &objects).await;
-        let spec = volume.borrow().spec.clone();
-        guests.create_all(&node, vec![spec], vec![volume.clone()]).await;
+        let node = start_with(&world, &objects, &guests, &volume).await;
         let control = Control::new(&world, &node, &objects, &guests);
         write(&guests, &node, &volume, 0).await;
         while guests.snapshots_taken.known().is_empty() {
@@ -73,11 +99,14 @@ fn of_one_seed(seed: u64) {
         }
         write(&guests, &node, &volume, 3 * CHUNK).await;
         let base = guests.snapshots_taken.known().remove(0).reference.name;
+        control.before_commit.set(Some(Duration::from_micros(DELAY_MAX_US)));
         let others = async {
             control.pause(DELAY_MAX_US).await;
             control.done("deletion", control.delete(&base, false).await);
-            control.pause(DELAY_MAX_US).await;
-            control.done("collection", control.collect_after(Duration::ZERO, false).await);
+            // One condemns, the next would remove.
+            for _ in 0..2 {
+                control.done("collection", control.collect_after(Duration::ZERO, false).await);
+            }
         };
         let taken = async { control.done("snapshot", control.take_one(&volume, true).await) };
         futures::join!(taken, others);
@@ -109,6 +138,13 @@ fn of_one_seed(seed: u64) {
 async fn start(world: &SimWorld, objects: &SimObjects) -> Rc<Node> {
     make_directories(&world.platform()).await.expect("no faults");
     Rc::new(Node::start(&world.platform(), objects, NodeSettings::default()).await.expect("started"))
+}
+
+async fn start_with(world: &SimWorld, objects: &SimObjects, guests: &Guests, volume: &VolumeRc) -> Rc<Node> {
+    let node = start(world, objects).await;
+    let spec = volume.borrow().spec.clone();
+    guests.create_all(&node, vec![spec], vec![volume.clone()]).await;
+    node
 }
 
 /// Two chunks, durably.

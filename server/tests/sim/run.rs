@@ -357,6 +357,9 @@ impl Run {
                 hydrate(&node, volume).await;
                 read_all(&node, volume).await;
             }
+            if self.guests.snapshots_taken.on.get() {
+                control.clear_away(&self.objects).await;
+            }
             node.stop().await;
         });
         self.world.on_step(None);

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use volley_server::error::{Error, Result, Status};
 use volley_server::object_store::ObjectStore;
 use volley_server::platform::Platform;
-use volley_server::shard::api::{Command, CutVolume, CutWanted, VolumeLineage};
+use volley_server::shard::api::{Command, CutVolume, CutWanted, Prepared};
 use volley_server::snapshot::claim::{Claim, StoredPacks};
 use volley_server::snapshot::draft::{Draft, Put};
 use volley_server::snapshot::gc::Clock;
 use volley_server::snapshot::{Manifest, SnapshotInfo, encode_chunk, is_zero, pack_prefix, parse_pack_key};
-use volley_server::types::{Changed, VolumeId};
+use volley_server::types::VolumeId;
 
 use crate::control::{Control, of_catalog, of_claim, of_store};
 use crate::guest::VolumeRc;
@@ -24,24 +24,7 @@ struct Subject {
     volume: VolumeRc,
     name: String,
     snapshot: String,
-    lineage: VolumeLineage,
-    base: Option<Arc<Manifest>>,
-    source: Option<Arc<Manifest>>,
-    all: bool,
-}
-
-impl Subject {
-    fn wanted(&self) -> CutWanted {
-        CutWanted { name: self.name.clone(), all: self.all, also: self.grown_chunk() }
-    }
-
-    /// The last chunk of what it builds on, if it is longer in the volume.
-    fn grown_chunk(&self) -> Option<u32> {
-        let builds_on = if self.all { &self.source } else { &self.base };
-        let manifest = builds_on.as_ref().filter(|manifest| manifest.size_bytes < self.lineage.size_bytes)?;
-        let last = manifest.chunk_count() - 1;
-        (manifest.chunk_len(last) < self.lineage.chunk_bytes).then_some(last)
-    }
+    prepared: Prepared,
 }
 
 impl Control<'_> {
@@ -54,7 +37,7 @@ impl Control<'_> {
         for volume in [first].into_iter().chain(other) {
             subjects.push(self.look_up(volume).await?);
         }
-        let manifests = subjects.iter().flat_map(|subject: &Subject| subject.base.iter().chain(&subject.source));
+        let manifests = subjects.iter().flat_map(|subject: &Subject| subject.prepared.manifests());
         let built_on: Vec<Arc<str>> = manifests.map(|manifest| manifest.name.as_str().into()).collect();
         let slow = self.below(3) == 0;
         if slow {
@@ -100,6 +83,9 @@ impl Control<'_> {
         }
         let given_up = self.below(8) == 0;
         let mut result = self.store_all(subjects, &claims, cut, &cuts, slow).await;
+        if let Some(delay) = self.before_commit.get() {
+            self.sim.sleep(delay).await;
+        }
         if let Ok(manifests) = &result
             && !given_up
             && let Err(error) = self.commit_all(&claims, manifests).await
@@ -142,10 +128,9 @@ impl Control<'_> {
             Some(base) => self.manifest_of(base).await?,
             None => None,
         };
-        let all = lineage.lineage.changed == Changed::Unknown || base.is_none() != lineage.lineage.base.is_none();
-        let (base, source) = (base.map(Arc::new), source.map(Arc::new));
+        let prepared = Prepared::new(lineage, base.map(Arc::new), source.map(Arc::new));
         let snapshot = self.guests.snapshots_taken.new_name();
-        Ok(Subject { volume, name, snapshot, lineage, base, source, all })
+        Ok(Subject { volume, name, snapshot, prepared })
     }
 
     /// All volumes at one moment, and what each of them was then: all writes are held back, and none is at the disk.
@@ -153,7 +138,7 @@ impl Control<'_> {
         let mut by_shard: BTreeMap<usize, Vec<CutWanted>> = BTreeMap::new();
         for subject in subjects {
             let shard = VolumeId::new(&subject.name, 0).owner(self.node.shards.len());
-            by_shard.entry(shard).or_default().push(subject.wanted());
+            by_shard.entry(shard).or_default().push(subject.prepared.wanted(&subject.name));
         }
         for wanted in by_shard.values() {
             let names: Vec<String> = wanted.iter().map(|wanted| wanted.name.clone()).collect();
@@ -175,7 +160,7 @@ impl Control<'_> {
         }
         for subject in subjects {
             match self.lineage(&subject.name).await {
-                Ok(now) if cuts.get(&subject.name).is_some_and(|made| made.fits(&subject.lineage, &now)) => {}
+                Ok(now) if cuts.get(&subject.name).is_some_and(|made| made.fits(&subject.prepared.lineage, &now)) => {}
                 Ok(_) => failed = failed.or(Some(Error::new(Status::Conflict, "changed by others meanwhile"))),
                 Err(error) => failed = failed.or(Some(error)),
             }
@@ -212,22 +197,22 @@ impl Control<'_> {
         (cut, made): (u64, &CutVolume),
         slow: bool,
     ) -> Result<Manifest> {
-        let builds_on = if made.known { &subject.base } else { &subject.source };
+        let builds_on = subject.prepared.builds_on(made);
         let mut prefixes = BTreeSet::new();
         for key in builds_on.iter().flat_map(|manifest| manifest.pack_keys()) {
             prefixes.extend(parse_pack_key(key).map(|(id, _)| pack_prefix(id)));
         }
         let stored = StoredPacks::under(&self.store, prefixes).await.map_err(|e| of_catalog(&e))?;
-        let lineage = &subject.lineage;
+        let lineage = &subject.prepared.lineage;
         let info = SnapshotInfo {
             id: claim.id,
             name: subject.snapshot.clone(),
             size_bytes: lineage.size_bytes,
             chunk_bytes: lineage.chunk_bytes,
-            parent: subject.base.as_ref().or(subject.source.as_ref()).map(|manifest| manifest.name.clone()),
+            parent: subject.prepared.parent(),
             created_unix_ms: 0,
         };
-        let mut draft = Draft::new(info, builds_on.clone());
+        let mut draft = Draft::new(info, builds_on.cloned());
         // What it builds on may be shorter.
         let end = builds_on.as_ref().map_or(lineage.chunks(), |manifest| manifest.chunk_count());
         for chunk in end..lineage.chunks() {

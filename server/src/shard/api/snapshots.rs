@@ -1,9 +1,11 @@
 //! What shards and the control thread tell each other about snapshots of volumes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::mutation::{self, Mutation};
-use crate::types::{Lineage, SnapshotRef, VolumeId};
+use crate::snapshot::Manifest;
+use crate::types::{Changed, Lineage, SnapshotRef, VolumeId};
 
 /// What the next snapshot of a volume builds on.
 #[derive(Clone, Debug)]
@@ -53,6 +55,57 @@ pub struct CutVolume {
     pub chunks: Vec<u32>,
     /// How long its guest was held back.
     pub stall: Duration,
+}
+
+/// What the snapshot of a volume is prepared with, before its cut.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    pub lineage: VolumeLineage,
+    /// What chunks that are not captured equal; `None`: zeroes.
+    base: Option<Arc<Manifest>>,
+    /// Of a volume that is not hydrated.
+    source: Option<Arc<Manifest>>,
+    /// The base could not be had or is not known to be right: look at everything.
+    all: bool,
+}
+
+impl Prepared {
+    /// With the base as far as it is still there.
+    #[must_use]
+    pub fn new(lineage: VolumeLineage, base: Option<Arc<Manifest>>, source: Option<Arc<Manifest>>) -> Prepared {
+        let all = lineage.lineage.changed == Changed::Unknown || base.is_none() != lineage.lineage.base.is_none();
+        Prepared { lineage, base, source, all }
+    }
+
+    #[must_use]
+    pub fn wanted(&self, name: &str) -> CutWanted {
+        CutWanted { name: name.to_owned(), all: self.all, also: self.grown_chunk() }
+    }
+
+    /// The last chunk of what it builds on, if it is longer in the volume.
+    fn grown_chunk(&self) -> Option<u32> {
+        let builds_on = if self.all { &self.source } else { &self.base };
+        let manifest = builds_on.as_ref().filter(|manifest| manifest.size_bytes < self.lineage.size_bytes)?;
+        let last = manifest.chunk_count() - 1;
+        (manifest.chunk_len(last) < self.lineage.chunk_bytes).then_some(last)
+    }
+
+    /// What has the chunks that are not captured.
+    #[must_use]
+    pub fn builds_on(&self, cut: &CutVolume) -> Option<&Arc<Manifest>> {
+        if cut.known { self.base.as_ref() } else { self.source.as_ref() }
+    }
+
+    /// Snapshots whose chunks it may be made of.
+    pub fn manifests(&self) -> impl Iterator<Item = &Arc<Manifest>> {
+        self.base.iter().chain(&self.source)
+    }
+
+    /// The snapshot it comes after.
+    #[must_use]
+    pub fn parent(&self) -> Option<String> {
+        self.manifests().next().map(|manifest| manifest.name.clone())
+    }
 }
 
 impl CutVolume {

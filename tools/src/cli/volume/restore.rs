@@ -1,8 +1,9 @@
 //! `volley volume rollback`, `clone` and `verify`: what a volume was, and what it is.
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::{Value, json};
+use volley_server::snapshot::sectors::Differing;
 
 use crate::cli::api::{Api, fields_of, request_of, segment};
 use crate::cli::image::{Progress, take_snapshot};
@@ -15,8 +16,7 @@ const STEP_CHUNKS: u32 = 128;
 /// Of chunks that are compared by sectors less: an answer names all runs of a step this large, whatever the size of the chunks.
 const STEP_CHUNKS_OF_SECTORS: u32 = 16;
 const STEP_BYTES_OF_SECTORS: u32 = 64 << 20;
-/// Runs in a report, and in a sentence.
-const RUNS_REPORTED: usize = 10_000;
+/// Runs in a sentence.
 const RUNS_SAID: usize = 8;
 
 #[derive(Debug, Args)]
@@ -76,25 +76,6 @@ struct Step {
     repaired: u32,
     damaged_chunks: Vec<u32>,
     sectors: Option<Differing>,
-}
-
-/// What differs in chunks that are not equal as a whole.
-#[derive(Debug, Default, Deserialize, Serialize)]
-struct Differing {
-    chunks_compared: u32,
-    differing_bytes: u64,
-    differing_runs: u64,
-    /// The first of them, in order.
-    runs: Vec<Run>,
-    /// Where the last run ends.
-    #[serde(skip)]
-    end: u64,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
-struct Run {
-    offset: u64,
-    bytes: u64,
 }
 
 pub(super) fn roll_back(api: &Api, globals: &Globals, args: &RollbackArgs) -> CliResult {
@@ -192,7 +173,7 @@ impl Step {
         self.repaired += step.repaired;
         self.damaged_chunks.extend(step.damaged_chunks);
         if let Some(differing) = step.sectors {
-            self.sectors.get_or_insert_default().add(differing);
+            self.sectors.get_or_insert_default().join(differing);
         }
         (self.snapshot, self.snapshot_id, self.next) = (step.snapshot, step.snapshot_id, step.next);
         (self.size_bytes, self.chunk_bytes, self.chunks) = (step.size_bytes, step.chunk_bytes, step.chunks);
@@ -242,40 +223,24 @@ impl Step {
         let differing = self
             .sectors
             .iter()
-            .map(|differing| format!("volume {volume} equals {snapshot} except for {}{damaged}", differing.sentence()));
+            .map(|differing| format!("volume {volume} equals {snapshot} except for {}{damaged}", said_of(differing)));
         std::iter::once(counts).chain(differing).collect()
     }
 }
 
-impl Differing {
-    /// Joins the next step, whose first run may go on where the last one ended.
-    fn add(&mut self, step: Differing) {
-        self.chunks_compared += step.chunks_compared;
-        self.differing_bytes += step.differing_bytes;
-        for run in step.runs {
-            let joins = self.differing_runs > 0 && run.offset == self.end;
-            self.end = run.offset + run.bytes;
-            if !joins {
-                self.differing_runs += 1;
-                if self.runs.len() < RUNS_REPORTED {
-                    self.runs.push(run);
-                }
-            } else if self.differing_runs == self.runs.len() as u64
-                && let Some(last) = self.runs.last_mut()
-            {
-                last.bytes += run.bytes;
-            }
-        }
+/// The first of them, in a sentence.
+fn said_of(differing: &Differing) -> String {
+    if differing.differing_runs == 0 {
+        return "nothing".to_owned();
     }
-
-    fn sentence(&self) -> String {
-        if self.differing_runs == 0 {
-            return "nothing".to_owned();
-        }
-        let runs: Vec<String> =
-            self.runs.iter().take(RUNS_SAID).map(|run| format!("{} at {}", run.bytes, run.offset)).collect();
-        let more = self.differing_runs - runs.len() as u64;
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        format!("{} bytes in {} runs of sectors: {}{more}", self.differing_bytes, self.differing_runs, runs.join(", "))
-    }
+    let runs: Vec<String> =
+        differing.runs.iter().take(RUNS_SAID).map(|run| format!("{} at {}", run.bytes, run.offset)).collect();
+    let more = differing.differing_runs - runs.len() as u64;
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!(
+        "{} bytes in {} runs of sectors: {}{more}",
+        differing.differing_bytes,
+        differing.differing_runs,
+        runs.join(", ")
+    )
 }

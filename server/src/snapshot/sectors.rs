@@ -1,38 +1,39 @@
 //! Which sectors of a volume differ from its snapshot: what a verification says of chunks that are not equal as a whole.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::snapshot::is_zero;
 use crate::types::SECTOR_BYTES;
 
-/// Runs that one answer names.
+/// Runs that one answer, and a report, names.
 const RUNS_MAX: usize = 10_000;
 
 /// Sectors that hold something else than the snapshot has there.
-#[derive(Debug, Default, PartialEq, Eq, Serialize)]
-pub(in crate::control) struct Differing {
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Differing {
     /// Chunks of which something was fetched from the object store, to compare it.
     chunks_compared: u32,
-    differing_bytes: u64,
+    pub differing_bytes: u64,
     /// Runs of neighbouring sectors.
-    differing_runs: u64,
+    pub differing_runs: u64,
     /// The first of them, in order.
-    runs: Vec<Run>,
+    pub runs: Vec<Run>,
     /// Where the last run ends.
     #[serde(skip)]
     end: u64,
 }
 
-#[derive(Debug, PartialEq, Eq, Serialize)]
-struct Run {
-    offset: u64,
-    bytes: u64,
+/// Bytes of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    pub offset: u64,
+    pub bytes: u64,
 }
 
 impl Differing {
     /// Compares a chunk. Of the volume are given the parts that are in it, with their offsets in the device; `wanted` is what the
     /// snapshot has from `offset` on, behind which are zeroes.
-    pub(super) fn compare(&mut self, parts: &[(u64, Vec<u8>)], offset: u64, wanted: &[u8]) {
+    pub fn compare(&mut self, parts: &[(u64, Vec<u8>)], offset: u64, wanted: &[u8]) {
         self.chunks_compared += 1;
         for (at, part) in parts {
             for (number, sector) in part.chunks(SECTOR_BYTES as usize).enumerate() {
@@ -41,25 +42,32 @@ impl Differing {
                 let wanted = &wanted[from..(from + sector.len()).min(wanted.len())];
                 let (data, rest) = sector.split_at(wanted.len());
                 if data != wanted || !is_zero(rest) {
-                    self.add(at, sector.len() as u64);
+                    self.differing_bytes += sector.len() as u64;
+                    self.add(Run { offset: at, bytes: sector.len() as u64 });
                 }
             }
         }
     }
 
-    fn add(&mut self, offset: u64, bytes: u64) {
-        let joins = self.differing_runs > 0 && offset == self.end;
-        self.differing_bytes += bytes;
-        self.end = offset + bytes;
+    /// Adds what was found behind this, which may go on where the last run ends. All of its runs have to be named.
+    pub fn join(&mut self, next: Differing) {
+        self.chunks_compared += next.chunks_compared;
+        self.differing_bytes += next.differing_bytes;
+        next.runs.into_iter().for_each(|run| self.add(run));
+    }
+
+    fn add(&mut self, run: Run) {
+        let joins = self.differing_runs > 0 && run.offset == self.end;
+        self.end = run.offset + run.bytes;
         if !joins {
             self.differing_runs += 1;
             if self.runs.len() < RUNS_MAX {
-                self.runs.push(Run { offset, bytes });
+                self.runs.push(run);
             }
         } else if self.differing_runs == self.runs.len() as u64
             && let Some(last) = self.runs.last_mut()
         {
-            last.bytes += bytes;
+            last.bytes += run.bytes;
         }
     }
 }
