@@ -50,7 +50,8 @@ fn a_deletion_during_a_rollback(seed: u64) {
     world.block_on(async {
         let node = start(&world, &objects).await;
         judge_names(&node, &guests).await;
-        for spec in &*guests.deleted.borrow() {
+        let deleted = guests.deleted.borrow().clone();
+        for spec in &deleted {
             judge_deleted(&world.platform(), &node, spec).await;
         }
     });
