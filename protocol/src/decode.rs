@@ -5,7 +5,7 @@ use rkyv::api::high::{HighDeserializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
 use rkyv::rancor;
 
-use crate::header::{FLAG_FUA, FrameError, FrameHeader, HEADER_BYTES};
+use crate::header::{FLAG_FUA, FrameError, FrameHeader, HEADER_BYTES, checksum};
 use crate::limits::{LOGICAL_BLOCK_BYTES, PAYLOAD_BYTES_MAX};
 use crate::messages as m;
 use crate::messages::Body;
@@ -65,11 +65,11 @@ pub fn decode(input: &[u8]) -> Result<Decoded<'_>, FrameError> {
     let (body, rest) = rest.split_at(body_len);
     let payload = &rest[..payload_len];
     let request_id = header.request_id;
-    let (got, want) = (header.body_crc, crc32fast::hash(body));
+    let (got, want) = (header.body_crc, checksum(body));
     if got != want {
         return Err(FrameError::BodyCrc { got, want, request_id });
     }
-    let (got, want) = (header.payload_crc, crc32fast::hash(payload));
+    let (got, want) = (header.payload_crc, checksum(payload));
     if got != want {
         return Err(FrameError::PayloadCrc { got, want, request_id });
     }

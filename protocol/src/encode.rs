@@ -6,7 +6,7 @@ use rkyv::api::high::{HighSerializer, to_bytes_in};
 use rkyv::rancor::Panic;
 use rkyv::ser::allocator::ArenaHandle;
 
-use crate::header::{FLAG_REPLY, FrameHeader, HEADER_BYTES};
+use crate::header::{FLAG_REPLY, FrameHeader, HEADER_BYTES, checksum};
 use crate::limits::{BODY_BYTES_MAX, ERROR_BYTES_MAX, PAYLOAD_BYTES_MAX, VERSION_MAX};
 use crate::messages::Body;
 use crate::op::Op;
@@ -110,8 +110,8 @@ fn close(out: &mut [u8], start: usize, head: Head, payload: &[u8]) {
         request_id: head.request_id,
         body_len: body.len() as u32,
         payload_len: payload.len() as u32,
-        body_crc: crc32fast::hash(body),
-        payload_crc: crc32fast::hash(payload),
+        body_crc: checksum(body),
+        payload_crc: checksum(payload),
     };
     out[start..start + HEADER_BYTES].copy_from_slice(&header.to_bytes());
 }

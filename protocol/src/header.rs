@@ -209,6 +209,11 @@ impl FrameHeader {
     }
 }
 
+/// crc32 (IEEE). Most frames have no payload: of nothing it is 0, without asking.
+pub(crate) fn checksum(bytes: &[u8]) -> u32 {
+    if bytes.is_empty() { 0 } else { crc32fast::hash(bytes) }
+}
+
 /// `N` bytes from `at`; offsets are constants inside the header.
 fn array<const N: usize>(bytes: &[u8; HEADER_BYTES], at: usize) -> [u8; N] {
     let mut out = [0; N];

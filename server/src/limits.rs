@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-/// Connections of one shard. A host holds a few connections, so this is some thousand hosts for each core; past it a
+/// Connections of one shard. A host holds a few connections, so this is ten thousand hosts for each core; past it a
 /// new connection is closed at once, counted, and the host tries again with back-off.
-pub const CONNECTIONS_MAX: usize = 4096;
+pub const CONNECTIONS_MAX: usize = 10_240;
 
 /// A peer that has not said HELLO by then is a stranger or half open.
 pub const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -31,8 +31,11 @@ pub const STALL_PRESSED_MAX: Duration = Duration::from_secs(1);
 /// Replies are written in pieces of at most this: each that is taken counts as progress of the peer.
 pub const WRITE_PIECE_BYTES: usize = 256 << 10;
 
-/// A receive buffer's size until a larger frame comes: hundreds of the hot requests (65 bytes), and thousands of idle
-/// connections stay cheap. What a buffer grows beyond this counts as held.
+/// A receive buffer's first size: dozens of the hot requests (65 bytes), and thousands of idle connections stay cheap.
+pub const RECEIVE_BUFFER_FIRST_BYTES: usize = 4 << 10;
+
+/// A receive buffer grows to this when reads fill it: hundreds of the hot requests at once. What it grows beyond, for a
+/// larger frame, counts as held.
 pub const RECEIVE_BUFFER_BYTES: usize = 64 << 10;
 
 /// An output buffer that grew beyond this is given back after its write.

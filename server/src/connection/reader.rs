@@ -12,7 +12,7 @@ use volley_protocol::{self as wire, Decoded, Frame, FrameError, HEADER_BYTES, Op
 use super::session::Session;
 use super::{Connections, Refusal, convert};
 use crate::error::Result;
-use crate::limits::{CONNECTIONS_BYTES_MAX, RECEIVE_BUFFER_BYTES};
+use crate::limits::{CONNECTIONS_BYTES_MAX, RECEIVE_BUFFER_BYTES, RECEIVE_BUFFER_FIRST_BYTES};
 use crate::platform::{ByteReader, Platform, Queue};
 use crate::shard::api::{ConnectionId, Handler, Reply, Request};
 use crate::types::VolumeId;
@@ -60,11 +60,14 @@ struct ReceiveBuffer {
     end: usize,
     /// Length that the frame at the start needs.
     wanted: usize,
+    /// The last read left no room: the peer says more at once than fits.
+    was_filled: bool,
 }
 
 impl ReceiveBuffer {
     fn new() -> ReceiveBuffer {
-        ReceiveBuffer { bytes: vec![0; RECEIVE_BUFFER_BYTES], start: 0, end: 0, wanted: HEADER_BYTES }
+        let bytes = vec![0; RECEIVE_BUFFER_FIRST_BYTES];
+        ReceiveBuffer { bytes, start: 0, end: 0, wanted: HEADER_BYTES, was_filled: false }
     }
 
     fn unparsed(&self) -> &[u8] {
@@ -89,16 +92,18 @@ impl ReceiveBuffer {
         if self.start < self.end {
             return 0;
         }
-        let len = self.bytes.len();
+        let held = self.bytes.len() - RECEIVE_BUFFER_BYTES;
         *self = ReceiveBuffer::new();
-        len - self.bytes.len()
+        held
     }
 
-    /// Makes room for the frame at the start; returns by how many bytes the buffer grew.
+    /// Makes room for the frame at the start, and for more requests where many come at once; returns how many bytes of it
+    /// count as held.
     fn grow(&mut self) -> usize {
-        let more = self.wanted.saturating_sub(self.bytes.len());
-        self.bytes.resize(self.bytes.len() + more, 0);
-        more
+        let len = self.bytes.len();
+        let roomier = if self.was_filled { (4 * len).min(RECEIVE_BUFFER_BYTES) } else { 0 };
+        self.bytes.resize(len.max(self.wanted).max(roomier), 0);
+        self.bytes.len().saturating_sub(len.max(RECEIVE_BUFFER_BYTES))
     }
 
     /// Never empty: the frame at the start fits, with at least one byte to come.
@@ -113,6 +118,7 @@ impl ReceiveBuffer {
 
     fn filled(&mut self, len: usize) {
         self.end += len;
+        self.was_filled = self.end == self.bytes.len();
     }
 }
 

@@ -129,7 +129,10 @@ impl Session {
         let before = output.len();
         encode(&mut output);
         self.hold(output.len() - before);
-        self.writer.wake();
+        // Whoever put the first bytes there has woken it.
+        if before == 0 {
+            self.writer.wake();
+        }
     }
 
     pub(super) fn reply_error(&self, op: u8, request_id: u64, status: Status, message: &str) {
@@ -170,9 +173,13 @@ impl Session {
 
     /// Waits until another request may be taken on. `false`: the connection is ending.
     pub(super) async fn room(&self, admitted: bool) -> bool {
+        let ending = || self.closing.get() || self.write_ended.get();
+        if !ending() && self.has_room(admitted) {
+            return true;
+        }
         poll_fn(|context| {
             self.reader.register(context.waker());
-            if self.closing.get() || self.write_ended.get() {
+            if ending() {
                 return Poll::Ready(false);
             }
             if self.has_room(admitted) {
