@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-mod api;
+pub(crate) mod api;
 pub mod batch;
 pub mod bootset;
 pub mod cache;

@@ -1,14 +1,20 @@
-//! Load on the data port of a node, for `volley-load`: closed loops of one kind of request, and the replay of a trace.
+//! Load on the data port of a node, for `volley-load`: loops of requests through the client or on the wire itself, and the
+//! replay of a trace.
 //!
-//! Everything here is bounded in time and in number. Latencies are measured around the client's call, so they include
-//! its queue: what a hypervisor's agent would see.
+//! Everything here is bounded in time and in number. Through the client, latencies are measured around its call, so they
+//! include its queue: what a hypervisor's agent would see.
 
+pub mod addresses;
+pub mod cpu;
+pub mod create;
+pub mod curves;
 pub mod histogram;
 pub mod nbd;
 pub mod replay;
 pub mod report;
 pub mod storm;
 pub mod trace;
+pub mod wire;
 pub mod workload;
 
 use std::sync::Barrier;
@@ -78,6 +84,19 @@ fn on_threads<T, R: Send>(
         let panicked = |_| Err("a load thread panicked".to_owned());
         running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
     })
+}
+
+/// As many open files as this process may have: each connection is one.
+pub fn raise_open_files() {
+    // SAFETY: getrlimit fills the struct it is given, setrlimit reads it.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            // What can't be raised shows when the files run out.
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
 }
 
 /// A block of bytes that is never all zeroes and differs by place and by `tag`, so that neither zero elision nor a

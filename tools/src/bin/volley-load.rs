@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use volley_client::FetchUntil;
+use volley_tools::load::addresses::Order;
 use volley_tools::load::nbd::{self, Servers};
 use volley_tools::load::replay::{self, Speed};
 use volley_tools::load::report::Report;
 use volley_tools::load::storm::{self, Arrivals, Ask, Progress};
 use volley_tools::load::workload::{self, Kind};
-use volley_tools::load::{Target, trace};
+use volley_tools::load::{Target, create, curves, trace, wire};
 use volley_tools::units::{format_size, parse_duration, parse_size};
 
 // Payloads come and go in sizes for which the C library's allocator asks the kernel anew each time.
@@ -58,14 +59,34 @@ struct Globals {
     #[arg(long, global = true, value_name = "PREFIX", conflicts_with = "volume")]
     prefix: Option<String>,
     /// Clients with connections of their own; each needs a volume of its own.
-    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     connections: u32,
     /// Requests in flight on each connection.
     #[arg(long, global = true, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
     depth: u32,
-    /// Threads that generate the load.
-    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    threads: u32,
+    /// Threads that generate the load [default: one for each of --cores].
+    #[arg(long, global = true, value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: Option<u32>,
+    /// Cores of these threads.
+    #[arg(long, global = true, value_name = "CORE,...", value_delimiter = ',')]
+    cores: Vec<usize>,
+    /// Who makes the requests: the client that agents use, or a generator that speaks the wire protocol itself and costs
+    /// little (priority-fetch, read, write, mixed).
+    #[arg(long, global = true, value_enum, default_value_t = Generator::Client)]
+    generator: Generator,
+    /// Open loop: so many requests per second, with latencies from the time each was due. Needs --generator wire; --depth
+    /// bounds what is in flight on a connection.
+    #[arg(long, global = true, value_name = "PER_SECOND", value_parser = parse_rate)]
+    rate: Option<f64>,
+    /// Ask any shard for any volume instead of the one that owns it. Needs --generator wire.
+    #[arg(long, global = true)]
+    any_shard: bool,
+    /// Which blocks: uniform, sequential, or zipf:THETA.
+    #[arg(long, global = true, default_value = "uniform", value_name = "ORDER")]
+    addresses: Order,
+    /// Tell the processor time that this process, the server's, spends on each request.
+    #[arg(long, global = true, value_name = "PID")]
+    server_pid: Option<u32>,
     /// Bytes of each request (not of replay and storm).
     #[arg(long, global = true, default_value = "4KiB", value_name = "SIZE", value_parser = parse_block)]
     block: u32,
@@ -84,34 +105,37 @@ struct Globals {
     /// Print the result (stdout) and a fatal error (stderr) as JSON.
     #[arg(long, global = true)]
     json: bool,
+    /// Write the result as an HTML page with latency curves into FILE, too.
+    #[arg(long, global = true, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Workload {
-    /// Priority fetches of random blocks.
+    /// Priority fetches of blocks.
     PriorityFetch {
         /// When a fetch is answered.
         #[arg(long, value_enum, default_value_t = Until::Resident)]
         until: Until,
-        /// Blocks in order instead of at random.
-        #[arg(long)]
-        sequential: bool,
     },
-    /// Reads of random blocks.
-    Read {
-        /// Blocks in order instead of at random.
-        #[arg(long)]
-        sequential: bool,
-    },
-    /// Writes of random blocks. OVERWRITES the volumes with patterns.
+    /// Reads of blocks.
+    Read,
+    /// Writes of blocks. OVERWRITES the volumes with patterns.
     Write {
         /// Each write is durable before it is answered.
         #[arg(long)]
         fua: bool,
-        /// Blocks in order instead of at random.
-        #[arg(long)]
-        sequential: bool,
     },
+    /// Reads and writes of blocks. OVERWRITES the volumes with patterns.
+    Mixed {
+        /// So many percent are reads.
+        #[arg(long, default_value_t = 70, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(..=100))]
+        reads: u8,
+    },
+    /// Connect and greet, again and again, on each volume's behalf one at a time.
+    Connect,
+    /// Volumes made by single requests to the HTTP API, --depth at a time, and deleted afterwards.
+    Create(CreateArgs),
     /// Connect, attach, read a block, detach; again and again, one at a time on each volume.
     Churn,
     /// Replays a trace through one volume. OVERWRITES the volume where the trace writes.
@@ -128,6 +152,25 @@ enum Workload {
     },
     /// Boots many volumes: each is asked for what a recorded boot reads. Writes nothing.
     Storm(StormArgs),
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// HTTP address of the node.
+    #[arg(long, default_value = "127.0.0.1:7480", value_name = "HOST[:PORT]")]
+    http: String,
+    /// Snapshot with the content; without one the volumes are blank.
+    #[arg(long)]
+    snapshot: Option<String>,
+    /// Size of blank volumes.
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = parse_size)]
+    size: u64,
+    /// What the volumes' names start with; no volume may have such a name.
+    #[arg(long, default_value = "load-")]
+    name_prefix: String,
+    /// Leave the volumes there.
+    #[arg(long)]
+    keep: bool,
 }
 
 #[derive(Debug, Args)]
@@ -158,6 +201,12 @@ struct StormArgs {
     verify: Option<PathBuf>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Generator {
+    Client,
+    Wire,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Until {
     Readable,
@@ -168,7 +217,7 @@ enum Until {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.globals.json;
-    match run(&cli) {
+    match run(&cli).and_then(|report| write_page(&cli, report)) {
         Ok(report) => finish(&report, json),
         Err(message) if json => {
             eprintln!("{}", serde_json::json!({ "error": { "code": "load_failed", "message": message } }));
@@ -181,12 +230,22 @@ fn main() -> ExitCode {
     }
 }
 
+fn write_page(cli: &Cli, report: Report) -> Result<Report, String> {
+    if let Some(path) = &cli.globals.report {
+        std::fs::write(path, curves::html(&report)).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(report)
+}
+
 fn run(cli: &Cli) -> Result<Report, String> {
-    let (kind, sequential) = match &cli.workload {
-        Workload::PriorityFetch { until, sequential } => (Kind::PriorityFetch(fetch_until(*until)), *sequential),
-        Workload::Read { sequential } => (Kind::Read, *sequential),
-        Workload::Write { fua, sequential } => (Kind::Write { fua: *fua }, *sequential),
-        Workload::Churn => (Kind::Churn, false),
+    let kind = match &cli.workload {
+        Workload::PriorityFetch { until } => Kind::PriorityFetch(fetch_until(*until)),
+        Workload::Read => Kind::Read,
+        Workload::Write { fua } => Kind::Write { fua: *fua },
+        Workload::Mixed { reads } => Kind::Mixed { read_percent: *reads },
+        Workload::Churn => Kind::Churn,
+        Workload::Create(args) => return run_create(&cli.globals, args),
+        Workload::Connect => Kind::Connect,
         Workload::Replay { trace, speed, verify } => {
             return block_on(run_replay(&cli.globals, trace, *speed, verify.as_deref()))?;
         }
@@ -194,19 +253,52 @@ fn run(cli: &Cli) -> Result<Report, String> {
     };
     let globals = &cli.globals;
     let volumes = block_on(volumes(globals))??;
-    let limit = if globals.count.is_some() { DURATION_MAX } else { DURATION_DEFAULT };
-    workload::run(&workload::Plan {
+    let plan = workload::Plan {
         target: target(globals),
         kind,
         volumes,
         connections: globals.connections,
-        threads: globals.threads,
+        threads: threads(globals),
         block_bytes: globals.block,
-        sequential,
-        duration: globals.duration.unwrap_or(limit).min(DURATION_MAX),
+        order: globals.addresses,
+        duration: duration(globals),
         count: globals.count.unwrap_or(u64::MAX),
         seed: globals.seed,
+        rate: globals.rate,
+        any_shard: globals.any_shard,
+        cores: globals.cores.clone(),
+        server_pid: globals.server_pid,
+    };
+    match globals.generator {
+        Generator::Wire => wire::run(&plan),
+        Generator::Client if plan.rate.is_some() || plan.any_shard => {
+            Err("--rate and --any-shard need --generator wire".to_owned())
+        }
+        Generator::Client => workload::run(&plan),
+    }
+}
+
+fn run_create(globals: &Globals, args: &CreateArgs) -> Result<Report, String> {
+    create::run(&create::Plan {
+        http: args.http.clone(),
+        snapshot: args.snapshot.clone(),
+        size_bytes: args.size,
+        prefix: args.name_prefix.clone(),
+        depth: globals.depth,
+        duration: duration(globals),
+        count: globals.count.unwrap_or(u64::MAX),
+        keep: args.keep,
+        server_pid: globals.server_pid,
     })
+}
+
+fn duration(globals: &Globals) -> Duration {
+    let limit = if globals.count.is_some() { DURATION_MAX } else { DURATION_DEFAULT };
+    globals.duration.unwrap_or(limit).min(DURATION_MAX)
+}
+
+fn threads(globals: &Globals) -> u32 {
+    globals.threads.unwrap_or(globals.cores.len().max(1) as u32)
 }
 
 async fn run_replay(
@@ -252,7 +344,7 @@ fn run_storm(globals: &Globals, args: &StormArgs) -> Result<Report, String> {
         nbd: args.nbd.clone(),
         volumes: names,
         connections: globals.connections,
-        threads: globals.threads,
+        threads: threads(globals),
         events: trace::load(&args.trace, size_bytes)?,
         ask: args.fetch.map_or(Ask::Read, |until| Ask::Fetch(fetch_until(until))),
         first_touches_only: args.first_touches,
@@ -325,6 +417,11 @@ fn parse_block(text: &str) -> Result<u32, String> {
         Ok(block) if block.is_multiple_of(512) && (512..=32 << 20).contains(&block) => Ok(block),
         _ => Err(format!("{text:?} is not a block size: a multiple of 512 B, at most 32 MiB")),
     }
+}
+
+fn parse_rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| format!("{text:?} is not a number of requests per second"))
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> Result<T, String> {

@@ -45,6 +45,49 @@ impl Series {
     }
 }
 
+/// What one thread of a load measured.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// By kind of request.
+    pub series: Vec<Series>,
+    pub elapsed: Duration,
+    /// Processor time of the thread.
+    pub cpu_ns: u64,
+}
+
+impl Measured {
+    /// Nothing yet, of so many kinds of request.
+    #[must_use]
+    pub fn new(kinds: usize) -> Measured {
+        Measured { series: vec![Series::default(); kinds], elapsed: Duration::ZERO, cpu_ns: 0 }
+    }
+
+    /// Adds series of the same kinds.
+    pub fn add(&mut self, series: Vec<Series>) {
+        self.series.iter_mut().zip(series).for_each(|(mine, other)| mine.merge(other));
+    }
+
+    /// What all threads measured, with what each request cost the generator, and the server where that is known.
+    #[must_use]
+    pub fn report(
+        threads: Vec<Measured>,
+        workload: &'static str,
+        kinds: &[&'static str],
+        server_ns: Option<u64>,
+    ) -> Report {
+        let mut whole = Measured::new(kinds.len());
+        for thread in threads {
+            whole.elapsed = whole.elapsed.max(thread.elapsed);
+            whole.cpu_ns += thread.cpu_ns;
+            whole.add(thread.series);
+        }
+        let requests: u64 = whole.series.iter().map(|series| series.latency.count()).sum();
+        let mut facts = vec![("generator_cpu_ns_per_request", whole.cpu_ns / requests.max(1))];
+        facts.extend(server_ns.map(|ns| ("server_cpu_ns_per_request", ns / requests.max(1))));
+        Report { workload, elapsed: whole.elapsed, series: kinds.iter().copied().zip(whole.series).collect(), facts }
+    }
+}
+
 /// The outcome of a whole load.
 #[derive(Clone, Debug)]
 pub struct Report {

@@ -12,7 +12,9 @@ use bytes::Bytes;
 use tokio::task::JoinSet;
 use volley_client::{Client, FetchUntil, Volume};
 
-use super::report::{Report, Series};
+use super::addresses::{Blocks, Order};
+use super::cpu::{self, Meter};
+use super::report::{Measured, Report, Series};
 use super::{Random, Target, check_threads, on_threads, pattern};
 
 /// What each request is.
@@ -24,8 +26,12 @@ pub enum Kind {
     Read,
     /// A write of a block, durable before it is answered if `fua`.
     Write { fua: bool },
+    /// Reads and writes of blocks, so many percent of them reads.
+    Mixed { read_percent: u8 },
     /// Connect, attach, read a block, detach.
     Churn,
+    /// Connect and say HELLO.
+    Connect,
 }
 
 impl Kind {
@@ -36,8 +42,27 @@ impl Kind {
             Kind::PriorityFetch(_) => "priority-fetch",
             Kind::Read => "read",
             Kind::Write { .. } => "write",
+            Kind::Mixed { .. } => "mixed",
             Kind::Churn => "churn",
+            Kind::Connect => "connect",
         }
+    }
+
+    /// Names of the kinds of request it makes.
+    pub(super) fn requests(self) -> &'static [&'static str] {
+        match self {
+            Kind::PriorityFetch(_) => &["priority-fetch"],
+            Kind::Read => &["read"],
+            Kind::Write { .. } => &["write"],
+            Kind::Mixed { .. } => &["read", "write"],
+            Kind::Churn => &["churn"],
+            Kind::Connect => &["connect"],
+        }
+    }
+
+    /// Each request makes what it uses anew, so a volume has one at a time.
+    fn is_alone(self) -> bool {
+        matches!(self, Kind::Churn | Kind::Connect)
     }
 }
 
@@ -52,14 +77,21 @@ pub struct Plan {
     pub threads: u32,
     /// Bytes of each request, a multiple of 512.
     pub block_bytes: u32,
-    /// Blocks are taken in order instead of at random.
-    pub sequential: bool,
+    pub order: Order,
     /// No request starts later than this after the first.
     pub duration: Duration,
     /// No more requests than this.
     pub count: u64,
     /// Chooses the blocks.
     pub seed: u64,
+    /// Requests per second of all connections together, whatever the server does; only of the generator of `wire`.
+    pub rate: Option<f64>,
+    /// Any shard is asked for any volume; only of the generator of `wire`.
+    pub any_shard: bool,
+    /// Cores of the threads, one each; those beyond run anywhere.
+    pub cores: Vec<usize>,
+    /// The server's process, whose processor time is told.
+    pub server_pid: Option<u32>,
 }
 
 /// Runs a plan to its end.
@@ -69,18 +101,17 @@ pub struct Plan {
 pub fn run(plan: &Plan) -> Result<Report, String> {
     check(plan)?;
     let budget = Arc::new(AtomicU64::new(plan.count));
-    let mut whole = Series::default();
-    let mut elapsed = Duration::ZERO;
+    let server = Meter::start(plan.server_pid)?;
     let results = on_threads(
         plan.threads,
-        async |thread| prepare(plan, thread).await,
+        async |thread| {
+            cpu::pin(plan.cores.get(thread as usize).copied())?;
+            prepare(plan, thread).await
+        },
         async |(workers, attached)| run_thread(plan, workers, attached, Arc::clone(&budget)).await,
     )?;
-    for (series, ran) in results {
-        whole.merge(series);
-        elapsed = elapsed.max(ran);
-    }
-    Ok(Report { workload: plan.kind.name(), elapsed, series: vec![(plan.kind.name(), whole)], facts: Vec::new() })
+    let server_ns = server.cpu_ns()?;
+    Ok(Measured::report(results, plan.kind.name(), plan.kind.requests(), server_ns))
 }
 
 fn check(plan: &Plan) -> Result<(), String> {
@@ -102,6 +133,8 @@ struct Worker {
     target: Target,
     place: Place,
     blocks: Blocks,
+    /// Chooses between reads and writes.
+    random: Random,
     block_bytes: u32,
     tag: u64,
 }
@@ -113,20 +146,25 @@ enum Place {
     Named(String),
 }
 
-async fn run_thread(
-    plan: &Plan,
-    workers: Vec<Worker>,
-    attached: Vec<Volume>,
-    budget: Arc<AtomicU64>,
-) -> (Series, Duration) {
-    let begun = Instant::now();
-    let series = drive(workers, begun + plan.duration, budget).await;
-    let elapsed = begun.elapsed();
+async fn run_thread(plan: &Plan, workers: Vec<Worker>, attached: Vec<Volume>, budget: Arc<AtomicU64>) -> Measured {
+    let (begun, cpu) = (Instant::now(), cpu::thread_ns());
+    let end = begun + plan.duration;
+    let mut tasks: JoinSet<Vec<Series>> =
+        workers.into_iter().map(|worker| worker.run(end, Arc::clone(&budget))).collect();
+    let mut measured = Measured::new(plan.kind.requests().len());
+    while let Some(ended) = tasks.join_next().await {
+        match ended {
+            Ok(series) => measured.add(series),
+            Err(panic) => measured.series[0].record(Duration::ZERO, 0, Err(panic.to_string())),
+        }
+    }
+    measured.elapsed = begun.elapsed();
+    measured.cpu_ns = cpu::thread_ns().saturating_sub(cpu);
     for volume in attached {
         // What counts was measured; a volume that another host took meanwhile is its own affair.
         let _ = volume.detach().await;
     }
-    (series, elapsed)
+    measured
 }
 
 /// Connects, attaches, and makes the workers of a thread.
@@ -154,13 +192,13 @@ async fn prepare(plan: &Plan, thread: u32) -> Result<(Vec<Worker>, Vec<Volume>),
 fn workers_of(plan: &Plan, volumes: usize, index: usize) -> u64 {
     let depth = plan.target.depth as usize;
     let share = depth / volumes + usize::from(index < depth % volumes);
-    if plan.kind == Kind::Churn { 1 } else { share as u64 }
+    if plan.kind.is_alone() { 1 } else { share as u64 }
 }
 
 /// The volume (unless each request attaches it) and its size.
 async fn open(plan: &Plan, client: &Client, name: &str) -> Result<(Option<Volume>, u64), String> {
     let failed = |error: volley_client::Error| format!("volume {name}: {error}");
-    let (volume, size) = if plan.kind == Kind::Churn {
+    let (volume, size) = if plan.kind.is_alone() {
         (None, client.lookup(name).await.map_err(failed)?.size_bytes)
     } else {
         let volume = client.attach(name).await.map_err(failed)?;
@@ -185,51 +223,46 @@ fn worker(plan: &Plan, opened: &(Option<Volume>, u64), name: &str, share: u64, s
         kind: plan.kind,
         target: plan.target.clone(),
         place: volume.clone().map_or_else(|| Place::Named(name.to_owned()), Place::Attached),
-        blocks: Blocks { first: share, step: sharing, count, next: 0, random, sequential: plan.sequential },
+        blocks: Blocks::new(share, sharing, count, plan.order, random.clone()),
+        random,
         block_bytes: plan.block_bytes,
         tag: plan.seed,
     }
 }
 
-async fn drive(workers: Vec<Worker>, end: Instant, budget: Arc<AtomicU64>) -> Series {
-    let mut tasks: JoinSet<Series> = workers.into_iter().map(|worker| worker.run(end, Arc::clone(&budget))).collect();
-    let mut whole = Series::default();
-    while let Some(ended) = tasks.join_next().await {
-        match ended {
-            Ok(series) => whole.merge(series),
-            Err(panic) => whole.record(Duration::ZERO, 0, Err(panic.to_string())),
-        }
-    }
-    whole
-}
-
 impl Worker {
-    async fn run(mut self, end: Instant, budget: Arc<AtomicU64>) -> Series {
-        let mut series = Series::default();
+    async fn run(mut self, end: Instant, budget: Arc<AtomicU64>) -> Vec<Series> {
+        let mut series = vec![Series::default(); self.kind.requests().len()];
         let take = |left: u64| left.checked_sub(1);
         while Instant::now() < end && budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok() {
-            let offset = self.blocks.next() * u64::from(self.block_bytes);
+            let offset = self.blocks.next_block() * u64::from(self.block_bytes);
+            let (index, kind) = match self.kind {
+                Kind::Mixed { read_percent } if self.random.below(100) < u64::from(read_percent) => (0, Kind::Read),
+                Kind::Mixed { .. } => (1, Kind::Write { fua: false }),
+                kind => (0, kind),
+            };
             // Made before the clock starts.
-            let data = match self.kind {
+            let data = match kind {
                 Kind::Write { .. } => Bytes::from(pattern(offset, self.block_bytes as usize, self.tag)),
                 _ => Bytes::new(),
             };
             let begun = Instant::now();
-            let outcome = self.request(offset, data).await;
-            series.record(begun.elapsed(), u64::from(self.block_bytes), outcome);
+            let outcome = self.request(kind, offset, data).await;
+            series[index].record(begun.elapsed(), u64::from(self.block_bytes), outcome);
         }
         series
     }
 
-    async fn request(&self, offset: u64, data: Bytes) -> Result<(), String> {
+    async fn request(&self, kind: Kind, offset: u64, data: Bytes) -> Result<(), String> {
         let len = self.block_bytes;
-        let done = match (&self.place, self.kind) {
+        let done = match (&self.place, kind) {
+            (Place::Named(_), Kind::Connect) => return self.target.connect().await.map(drop),
             (Place::Named(name), _) => return self.churn(name, offset).await,
             (Place::Attached(volume), Kind::PriorityFetch(until)) => {
                 volume.priority_fetch(offset, u64::from(len), until).await
             }
             (Place::Attached(volume), Kind::Write { fua }) => volume.write(offset, data, fua).await,
-            (Place::Attached(volume), Kind::Read | Kind::Churn) => volume.read(offset, len as usize).await.map(drop),
+            (Place::Attached(volume), _) => volume.read(offset, len as usize).await.map(drop),
         };
         done.map_err(|error| error.to_string())
     }
@@ -240,54 +273,5 @@ impl Worker {
         let volume = client.attach(name).await.map_err(failed)?;
         volume.read(offset, self.block_bytes as usize).await.map_err(failed)?;
         volume.detach().await.map_err(failed)
-    }
-}
-
-/// The blocks of one worker: every `step`th from `first`, `count` of them.
-struct Blocks {
-    first: u64,
-    step: u64,
-    count: u64,
-    next: u64,
-    random: Random,
-    sequential: bool,
-}
-
-impl Blocks {
-    fn next(&mut self) -> u64 {
-        let index = if self.sequential { self.next } else { self.random.below(self.count) };
-        self.next = (self.next + 1) % self.count;
-        self.first + index * self.step
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-
-    use super::Blocks;
-    use crate::load::Random;
-
-    fn blocks(first: u64, step: u64, count: u64, sequential: bool) -> Blocks {
-        Blocks { first, step, count, next: 0, random: Random::new(7), sequential }
-    }
-
-    #[test]
-    fn workers_take_disjoint_blocks_and_together_all() {
-        let mut seen = HashSet::new();
-        for share in 0..3 {
-            let count = (10_u64 - share).div_ceil(3);
-            let mut mine = blocks(share, 3, count, true);
-            assert!((0..count).all(|_| seen.insert(mine.next())));
-            assert_eq!(mine.next(), share, "starts again");
-        }
-        assert_eq!(seen, (0..10).collect::<HashSet<u64>>());
-    }
-
-    #[test]
-    fn random_blocks_stay_inside() {
-        let mut mine = blocks(1, 4, 5, false);
-        let seen: HashSet<u64> = (0..200).map(|_| mine.next()).collect();
-        assert_eq!(seen, HashSet::from([1, 5, 9, 13, 17]));
     }
 }

@@ -20,6 +20,7 @@ mod image_file;
 mod images;
 mod ledger;
 mod lifecycle;
+mod load;
 mod one_get;
 mod proof;
 mod recovery;
