@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::process::machine;
+
 /// One published figure.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
@@ -112,6 +114,27 @@ pub fn conclude(bench: &str, measured: Result<Vec<Figure>, String>, json: Option
             ExitCode::FAILURE
         }
     }
+}
+
+/// Appends a line for each figure to a file of results: the figure, the commit of the work tree, and the machine.
+///
+/// # Errors
+/// As writing the file.
+pub fn append_results(path: &Path, figures: &[Figure]) -> Result<(), String> {
+    let describe = std::process::Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output();
+    let commit = describe.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default();
+    let unix_seconds = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
+    let mut text = String::new();
+    for figure in figures {
+        let mut line = serde_json::to_value(figure).map_err(|e| e.to_string())?;
+        line["commit"] = commit.clone().into();
+        line["machine"] = machine().into();
+        line["unix_seconds"] = unix_seconds.into();
+        text.push_str(&line.to_string());
+        text.push('\n');
+    }
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// Prints the figures as a table, and as a JSON array of objects into a file where one is named.

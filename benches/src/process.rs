@@ -34,6 +34,15 @@ pub fn sibling(name: &str) -> Result<PathBuf> {
     if path.exists() { Ok(path) } else { Err(format!("{} is missing: start through tools/bench", path.display())) }
 }
 
+/// A program that runs on one core, or anywhere.
+#[must_use]
+pub fn on_core(core: Option<usize>, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let Some(core) = core else { return Command::new(program) };
+    let mut command = Command::new("taskset");
+    command.args(["--cpu-list", &core.to_string()]).arg(program);
+    command
+}
+
 /// Runs a command to its end; returns what it printed.
 ///
 /// # Errors
@@ -114,6 +123,11 @@ impl Server {
         }
         let child = command.spawn().map_err(|e| format!("{command:?}: {e}"))?;
         Ok(Server { child, ready: String::new() })
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Resident memory in bytes.
