@@ -180,8 +180,9 @@ pub fn judge(counts: &[Count], bounds: &Bounds, whole: bool) -> Verdict {
             continue;
         };
         let more = percent(*instructions, *bound);
-        let line =
-            format!("{case}: {instructions:.1} instructions for one {unit}, {more:+.1} % of its bound {bound:.1}");
+        let line = format!(
+            "{case}: {instructions:.1} instructions for one {unit}, {more:+.1} % against its bound of {bound:.1}"
+        );
         if more > TOLERANCE_PERCENT {
             verdict.failures.push(line);
         } else if more < -TOLERANCE_PERCENT {
