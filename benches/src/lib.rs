@@ -1,7 +1,9 @@
 //! What the benchmarks share: inputs, figures, processes. The same seed gives the same bytes, so that runs can be compared.
 
+pub mod cases;
 pub mod figure;
 pub mod fio;
+pub mod instructions;
 pub mod mix;
 pub mod mount;
 pub mod origin;
