@@ -31,7 +31,11 @@ pub fn machine() -> String {
 pub fn sibling(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(|e| format!("own path: {e}"))?;
     let path = own.with_file_name(name);
-    if path.exists() { Ok(path) } else { Err(format!("{} is missing: start through tools/bench", path.display())) }
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(format!("{} is missing: start through tools/bench or tools/profile", path.display()))
+    }
 }
 
 /// Runs a command to its end; returns what it printed.
@@ -114,6 +118,26 @@ impl Server {
         }
         let child = command.spawn().map_err(|e| format!("{command:?}: {e}"))?;
         Ok(Server { child, ready: String::new() })
+    }
+
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Processor time that its threads have taken, in nanoseconds: of those that have not ended.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_ns(&self) -> Result<u64> {
+        let path = format!("/proc/{}/task", self.child.id());
+        let threads = std::fs::read_dir(&path).map_err(|e| format!("{path}: {e}"))?;
+        let of = |thread: std::io::Result<std::fs::DirEntry>| {
+            // A thread that has ended meanwhile has none.
+            let stat = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+            stat.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        Ok(threads.filter_map(of).sum())
     }
 
     /// Resident memory in bytes.

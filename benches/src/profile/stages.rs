@@ -1,0 +1,195 @@
+//! The stages of a request, and which functions are whose.
+
+use serde::Serialize;
+
+use super::stacks::Stack;
+
+/// A part of what a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Stage {
+    pub name: &'static str,
+    /// What it is, for people.
+    pub what: &'static str,
+    /// A frame is of this stage if its name contains one of these.
+    patterns: &'static [&'static str],
+}
+
+/// A stack belongs to the stage of its innermost frame that any stage has a pattern for: what `memcpy` does for the decoder
+/// is decoding. Where several stages have a pattern for that frame, the first of them counts, so what is narrow stands
+/// before what is wide. Stacks without such a frame are of the last stage.
+pub const STAGES: &[Stage] = &[
+    Stage {
+        name: "idle",
+        what: "nothing to do: polling before sleep, going to sleep, waking up",
+        patterns: &[
+            "io_cqring_wait",
+            "schedule_timeout",
+            "schedule_hrtimeout",
+            "futex_wait",
+            "do_epoll_wait",
+            "link_rings_and_sleep",
+            "SleepNotifier::prepare_to_sleep",
+            "Reactor::spin_poll",
+        ],
+    },
+    Stage {
+        name: "cross-shard",
+        what: "requests and answers between shards",
+        patterns: &[
+            "volley_server::shard::mesh",
+            "shard::Shard<P,O>::forward",
+            "glommio_ng::channels",
+            "process_shared_channels",
+            "SleepNotifier::queue_waker",
+        ],
+    },
+    Stage {
+        name: "socket",
+        what: "receive: what arrives, and word of it",
+        patterns: &[
+            "sys_recvfrom",
+            "sys_recvmsg",
+            "tcp_recvmsg",
+            "unix_stream_recvmsg",
+            "io_poll_add",
+            "io_poll_check_events",
+            "io_poll_task_func",
+            "io_poll_wake",
+            "io_recv",
+            "poll_read",
+            "yolo_recv",
+            "ReceiveBuffer",
+            "StreamReader",
+            "ByteReader",
+            "sys_accept",
+            "io_accept",
+        ],
+    },
+    Stage {
+        name: "send",
+        what: "what leaves: the peer's side of a local connection runs in it too",
+        patterns: &[
+            "sys_sendto",
+            "sys_sendmsg",
+            "tcp_sendmsg",
+            "unix_stream_sendmsg",
+            "io_send",
+            "poll_write",
+            "yolo_send",
+            "StreamWriter",
+            "ByteWriter",
+            "connection::write_replies",
+            "Session::next_output",
+        ],
+    },
+    Stage {
+        name: "encode",
+        what: "replies to frames",
+        patterns: &["volley_protocol::encode", "connection::convert::reply", "connection::session::Session::reply"],
+    },
+    Stage {
+        name: "decode",
+        what: "frames to requests",
+        patterns: &[
+            "volley_protocol::decode",
+            "volley_protocol::header",
+            "volley_protocol::",
+            "connection::convert::request",
+            "connection::reader::",
+            "connection::session::",
+        ],
+    },
+    Stage {
+        name: "disk",
+        what: "files of volumes, journal and disk cache",
+        patterns: &[
+            "io_read",
+            "io_write",
+            "io_fsync",
+            "io_fallocate",
+            "blkdev_",
+            "submit_bio",
+            "iomap_",
+            "ext4_",
+            "xfs_",
+            "btrfs_",
+            "sys_fdatasync",
+            "sys_fallocate",
+            "sys_pwrite",
+            "sys_pread",
+            "glommio_ng::io::",
+            "Reactor::read_dma",
+            "Reactor::write_dma",
+            "Reactor::fdatasync",
+            "dma_buffer",
+            "platform::glommio::file",
+            "platform::glommio::clones",
+            "volley_server::journal",
+            "volley_server::cache::disk",
+        ],
+    },
+    Stage {
+        name: "store",
+        what: "object store: read, decompress, compare digests",
+        patterns: &[
+            "volley_server::object_store",
+            "volley_server::snapshot",
+            "volley_server::transfer::get",
+            "platform::glommio::http",
+            "ZSTD_",
+            "HUF_",
+            "zstd",
+            "blake3",
+        ],
+    },
+    Stage {
+        name: "cache",
+        what: "chunks in memory, and who gets which",
+        patterns: &["volley_server::cache", "volley_server::transfer", "shard::near", "shard::caching"],
+    },
+    Stage {
+        name: "look-up",
+        what: "volumes, residency, and what a request does with them",
+        patterns: &["volley_server::shard", "volley_server::batch", "volley_server::metrics", "volley_server::budget"],
+    },
+    Stage {
+        name: "runtime",
+        what: "tasks, timers, and the ring beside the stages above",
+        patterns: &[
+            "glommio_ng::",
+            "futures_task::",
+            "futures_core::",
+            "sys_io_uring_enter",
+            "sys_membarrier",
+            "volley_server::platform",
+        ],
+    },
+    Stage { name: "other", what: "everything else", patterns: &[] },
+];
+
+/// A stage's part of all samples.
+#[derive(Clone, Copy, Debug)]
+pub struct Share {
+    pub stage: &'static Stage,
+    pub percent: f64,
+}
+
+/// The stage that a stack belongs to.
+#[must_use]
+pub fn of(stack: &Stack<'_>) -> &'static Stage {
+    let of_frame =
+        |frame: &&str| STAGES.iter().find(|stage| stage.patterns.iter().any(|pattern| frame.contains(pattern)));
+    stack.frames.iter().rev().find_map(of_frame).unwrap_or(&STAGES[STAGES.len() - 1])
+}
+
+/// Each stage's part, in the order of the table; together 100 % unless there is no sample at all.
+#[must_use]
+pub fn shares(stacks: &[Stack<'_>]) -> Vec<Share> {
+    let all: u64 = stacks.iter().map(|stack| stack.samples).sum();
+    let part = |stage: &'static Stage| {
+        let mine = stacks.iter().filter(|stack| of(stack).name == stage.name);
+        let samples: u64 = mine.map(|stack| stack.samples).sum();
+        Share { stage, percent: samples as f64 * 100.0 / all.max(1) as f64 }
+    };
+    STAGES.iter().map(part).collect()
+}
