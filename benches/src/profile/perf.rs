@@ -24,7 +24,8 @@ const TRACE_EVENTS: &str = "/sys/kernel/tracing/events";
 /// The submission of one request of a ring: older kernels have the first, newer ones the second.
 const SUBMISSIONS: [&str; 2] = ["io_uring_submit_sqe", "io_uring_submit_req"];
 const COMPLETIONS: &str = "io_uring_complete";
-const HEIGHT_MIN: f64 = 0.1;
+/// Per cent of the picture; what is narrower is not drawn.
+const WIDTH_MIN: f64 = 0.1;
 
 /// What samples are taken by: cycles of the processor, or where a virtual machine does not count them a timer.
 ///
@@ -153,7 +154,7 @@ pub fn fold(script: impl std::io::BufRead) -> Result<String> {
 pub fn draw(folded: &str, title: String, path: &Path) -> Result<()> {
     let mut options = flamegraph::Options::default();
     options.title = title;
-    options.min_width = HEIGHT_MIN;
+    options.min_width = WIDTH_MIN;
     options.colors = flamegraph::color::Palette::Multi(flamegraph::color::MultiPalette::Rust);
     let file = File::create(path).map_err(|e| format!("{}: {e}", path.display()))?;
     flamegraph::from_lines(&mut options, folded.lines(), file).map_err(|e| format!("flame graph: {e}"))
@@ -203,4 +204,40 @@ pub fn count<T>(pid: u32, dir: &Path, load: impl FnOnce() -> Result<T>) -> Resul
         by: "perf stat",
     };
     Ok((loaded?, counted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{stacks, stages};
+    use super::*;
+
+    /// Of a real run, with the stack of the decoder twice.
+    const SCRIPT: &str = include_str!("samples/perf-script.txt");
+
+    #[test]
+    fn what_perf_script_prints_is_folded() {
+        let folded = fold(SCRIPT.as_bytes()).expect("stacks");
+        let stacks = stacks::parse(&folded).expect("stacks");
+        let of = |function: &str| stacks.iter().find(|stack| stack.function() == function).expect(function);
+        assert_eq!(stacks.iter().map(|stack| stack.samples).sum::<u64>(), 5);
+        let decode = of("volley_protocol::decode::decode");
+        assert_eq!((decode.frames[0], decode.samples, stages::of(decode).name), ("volley-0-2", 2, "decode"));
+        assert_eq!(stages::of(of("tcp_sendmsg_locked_[k]")).name, "send", "the kernel's frames are marked");
+        assert_eq!(stages::of(of("__memmove_avx512_unaligned_erms")).name, "look-up");
+        let worker = of("ktime_get_[k]");
+        assert_eq!((worker.frames[0], stages::of(worker).name), ("iou-wrk-10327", "disk"));
+    }
+
+    #[test]
+    fn folded_stacks_become_a_flame_graph() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let folded = fold(SCRIPT.as_bytes()).expect("stacks");
+        draw(&folded, "a title".to_owned(), file.path()).expect("drawn");
+        let svg = std::fs::read_to_string(file.path()).expect("readable");
+        assert!(
+            svg.contains("<svg") && svg.contains("a title") && svg.contains("volley_protocol::decode::decode"),
+            "{svg}"
+        );
+        assert!(draw("", String::new(), file.path()).is_err(), "nothing to draw");
+    }
 }

@@ -48,6 +48,7 @@ pub const STAGES: &[Stage] = &[
         what: "receive: what arrives, and word of it",
         patterns: &[
             "sys_recvfrom",
+            "__libc_recv",
             "sys_recvmsg",
             "tcp_recvmsg",
             "unix_stream_recvmsg",
@@ -70,6 +71,7 @@ pub const STAGES: &[Stage] = &[
         what: "what leaves: the peer's side of a local connection runs in it too",
         patterns: &[
             "sys_sendto",
+            "__send",
             "sys_sendmsg",
             "tcp_sendmsg",
             "unix_stream_sendmsg",
@@ -107,7 +109,12 @@ pub const STAGES: &[Stage] = &[
             "io_write",
             "io_fsync",
             "io_fallocate",
+            "io_prep_rw",
+            "io_openat",
+            "io_statx",
             "blkdev_",
+            "blk_finish_plug",
+            "blk_mq_",
             "submit_bio",
             "iomap_",
             "ext4_",
@@ -161,6 +168,10 @@ pub const STAGES: &[Stage] = &[
             "futures_core::",
             "sys_io_uring_enter",
             "sys_membarrier",
+            "tctx_task_work",
+            "io_wq_worker",
+            // The loop of an executor.
+            "scoped_tls::ScopedKey",
             "volley_server::platform",
         ],
     },
@@ -192,4 +203,55 @@ pub fn shares(stacks: &[Stack<'_>]) -> Vec<Share> {
         Share { stage, percent: samples as f64 * 100.0 / all.max(1) as f64 }
     };
     STAGES.iter().map(part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::stacks::parse;
+    use super::*;
+
+    /// Real stacks, each behind the stage it belongs to.
+    const SAMPLES: &str = include_str!("samples/stages.txt");
+
+    fn samples() -> Vec<(&'static str, Stack<'static>)> {
+        let sample = |line: &'static str| {
+            let (stage, folded) = line.split_once(' ').expect("a stage and a stack");
+            (stage, parse(folded).expect("a stack").remove(0))
+        };
+        SAMPLES.lines().map(sample).collect()
+    }
+
+    #[test]
+    fn each_sample_belongs_to_its_stage() {
+        for (stage, stack) in samples() {
+            assert_eq!(of(&stack).name, stage, "{:?}", stack.frames);
+        }
+    }
+
+    #[test]
+    fn each_stage_has_a_sample() {
+        for stage in STAGES {
+            assert!(samples().iter().any(|(name, _)| *name == stage.name), "{} has none", stage.name);
+        }
+    }
+
+    #[test]
+    fn the_stages_are_the_whole() {
+        let stacks: Vec<Stack<'_>> = samples().into_iter().map(|(_, stack)| stack).collect();
+        let shares = shares(&stacks);
+        let sum: f64 = shares.iter().map(|share| share.percent).sum();
+        assert!((sum - 100.0).abs() < 1e-9, "{shares:?}");
+        assert_eq!(shares.last().map(|share| share.stage.name), Some("other"));
+        assert_eq!(super::shares(&[]).iter().map(|share| share.percent).sum::<f64>(), 0.0);
+    }
+
+    #[test]
+    fn the_innermost_frame_decides_and_then_the_first_stage() {
+        let stage = |folded: &str| of(&parse(folded).expect("a stack")[0]).name;
+        let caller = "glommio_ng::task::raw::RawTask<F,R,S>::run;volley_server::connection::reader::read_requests";
+        assert_eq!(stage(&format!("{caller} 1")), "decode");
+        assert_eq!(stage(&format!("{caller};volley_protocol::encode::close;memcpy 1")), "encode");
+        assert_eq!(stage("volley_server::shard::mesh::Mesh::send 1"), "cross-shard", "narrower than look-up");
+        assert_eq!(stage("main;nobody's 1"), "other");
+    }
 }
