@@ -52,8 +52,9 @@ impl Watcher {
     }
 
     /// Starts `perf`, and returns once its events are on.
-    fn perf(name: &'static str, mut command: Command, dir: &Path) -> Result<Watcher> {
-        let (control, answers) = (dir.join("perf.control"), dir.join("perf.answers"));
+    fn perf(name: &'static str, mut command: Command) -> Result<Watcher> {
+        let dir = tempfile::tempdir().map_err(|e| format!("a folder for pipes: {e}"))?;
+        let (control, answers) = (dir.path().join("control"), dir.path().join("answers"));
         run(Command::new("mkfifo").arg(&control).arg(&answers))?;
         let said = |e: std::io::Error| format!("{}: {e}", control.display());
         // Opened in both directions, a pipe waits for nobody.
@@ -74,14 +75,15 @@ impl Watcher {
                 return Err(format!("{name} did not start: {}", watcher.stop().err().unwrap_or_default()));
             }
         }
-        let removed = std::fs::remove_file(&control).and_then(|()| std::fs::remove_file(&answers));
-        removed.map_err(said).map(|()| watcher)
+        Ok(watcher)
     }
 
     fn stop(mut self) -> Result<()> {
         let mut said = String::new();
-        // SAFETY: a signal to a child that has not been waited for, or has been and is not signalled by the kernel then.
-        unsafe { libc::kill(i32::try_from(self.child.id()).expect("pids fit"), libc::SIGINT) };
+        if let Ok(None) = self.child.try_wait() {
+            // SAFETY: a signal to a child that has not been waited for: the pid is still its own.
+            unsafe { libc::kill(i32::try_from(self.child.id()).expect("pids fit"), libc::SIGINT) };
+        }
         if let Some(stderr) = &mut self.child.stderr {
             // What it said is for a message only.
             let _ = stderr.read_to_string(&mut said);
@@ -109,7 +111,7 @@ pub fn sample<T>(
     let mut command = Command::new("perf");
     command.args(["record", "-q", "-e", event, "-F", &frequency.to_string(), "--call-graph", "fp"]);
     command.args(["-p", &pid.to_string(), "-o"]).arg(&data);
-    let watcher = Watcher::perf("perf record", command, dir)?;
+    let watcher = Watcher::perf("perf record", command)?;
     let loaded = load();
     watcher.stop()?;
     let loaded = loaded?;
@@ -192,7 +194,7 @@ pub fn count<T>(pid: u32, dir: &Path, load: impl FnOnce() -> Result<T>) -> Resul
     events.extend(submitted.into_iter().chain(completed).map(|name| format!("io_uring:{name}")));
     let mut command = Command::new("perf");
     command.args(["stat", "-x,", "-e", &events.join(","), "-p", &pid.to_string(), "-o"]).arg(&report);
-    let watcher = Watcher::perf("perf stat", command, dir)?;
+    let watcher = Watcher::perf("perf stat", command)?;
     let loaded = load();
     watcher.stop()?;
     let counts = counts::of_perf_stat(&read()?)?;

@@ -15,11 +15,17 @@ pub struct Stack<'a> {
 }
 
 impl Stack<'_> {
-    /// The function that ran.
+    /// The function that ran. What it has of the standard library inlined is its own: nobody looks for `Vec::len`.
     #[must_use]
     pub fn function(&self) -> &str {
-        self.frames.last().copied().unwrap_or_default()
+        let ours = self.frames.iter().skip(1).rev().find(|frame| !is_library(frame));
+        ours.or(self.frames.last()).copied().unwrap_or_default()
     }
+}
+
+fn is_library(frame: &str) -> bool {
+    let path = frame.trim_start_matches(['<', '&']);
+    ["core::", "alloc::", "std::"].iter().any(|library| path.starts_with(library))
 }
 
 /// Understands folded stacks.
@@ -37,7 +43,7 @@ fn stack(line: &str) -> Result<Stack<'_>> {
     Ok(Stack { frames: frames.split(';').collect(), samples })
 }
 
-/// How much of all samples was in a function itself.
+/// How much of all samples was in a function itself, and in what it has of the standard library.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Function {
     pub name: String,
@@ -75,6 +81,10 @@ mod tests {
         assert_eq!(stacks[1], Stack { frames: vec!["volley-shard-0", "main", "b", "<T as Deref>::deref"], samples: 2 });
         let functions = top(&stacks, 1);
         assert_eq!(functions, [Function { name: "a".to_owned(), samples: 8, percent: 80.0 }]);
+        let of_library =
+            parse("x;std::main;a;<core::cell::Ref<T>>::new;core::mem::swap 1\nx;std::main;<std::x>::y 1\n");
+        let names: Vec<String> = of_library.expect("stacks").iter().map(|stack| stack.function().to_owned()).collect();
+        assert_eq!(names, ["a", "<std::x>::y"], "the library's functions count for who has them inlined");
         assert!(parse("no count").is_err() && parse("7").is_err());
         assert!(top(&[], 3).is_empty());
     }

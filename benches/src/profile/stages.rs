@@ -87,14 +87,17 @@ pub const STAGES: &[Stage] = &[
     Stage {
         name: "encode",
         what: "replies to frames",
-        patterns: &["volley_protocol::encode", "connection::convert::reply", "connection::session::Session::reply"],
+        patterns: &[
+            "volley_protocol::encode",
+            "FrameHeader::to_bytes",
+            "connection::convert::reply",
+            "connection::session::Session::reply",
+        ],
     },
     Stage {
         name: "decode",
         what: "frames to requests",
         patterns: &[
-            "volley_protocol::decode",
-            "volley_protocol::header",
             "volley_protocol::",
             "connection::convert::request",
             "connection::reader::",
@@ -252,6 +255,7 @@ mod tests {
         assert_eq!(stage(&format!("{caller} 1")), "decode");
         assert_eq!(stage(&format!("{caller};volley_protocol::encode::close;memcpy 1")), "encode");
         assert_eq!(stage("volley_server::shard::mesh::Mesh::send 1"), "cross-shard", "narrower than look-up");
+        assert_eq!(stage(&format!("{caller};volley_protocol::header::FrameHeader::to_bytes 1")), "encode");
         assert_eq!(stage("main;nobody's 1"), "other");
     }
 }
