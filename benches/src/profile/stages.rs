@@ -14,12 +14,17 @@ pub struct Stage {
     patterns: &'static [&'static str],
 }
 
+const IDLE: &str = "idle";
+const RUNTIME: &str = "runtime";
+/// The runtime has no task to run under these: it polls for a while (`idle_poll`), or goes to sleep and wakes up.
+const WAITING: [&str; 3] = ["Reactor::spin_poll_io", "parking::Parker::park", "std::time::Instant>::elapsed"];
+
 /// A stack belongs to the stage of its innermost frame that any stage has a pattern for: what `memcpy` does for the decoder
 /// is decoding. Where several stages have a pattern for that frame, the first of them counts, so what is narrow stands
-/// before what is wide. Stacks without such a frame are of the last stage.
+/// before what is wide. What the runtime does while it waits is idle. Stacks without such a frame are of the last stage.
 pub const STAGES: &[Stage] = &[
     Stage {
-        name: "idle",
+        name: IDLE,
         what: "nothing to do: polling before sleep, going to sleep, waking up",
         patterns: &[
             "io_cqring_wait",
@@ -29,7 +34,6 @@ pub const STAGES: &[Stage] = &[
             "do_epoll_wait",
             "link_rings_and_sleep",
             "SleepNotifier::prepare_to_sleep",
-            "Reactor::spin_poll",
         ],
     },
     Stage {
@@ -163,7 +167,7 @@ pub const STAGES: &[Stage] = &[
         patterns: &["volley_server::shard", "volley_server::batch", "volley_server::metrics", "volley_server::budget"],
     },
     Stage {
-        name: "runtime",
+        name: RUNTIME,
         what: "tasks, timers, and the ring beside the stages above",
         patterns: &[
             "glommio_ng::",
@@ -191,9 +195,11 @@ pub struct Share {
 /// The stage that a stack belongs to.
 #[must_use]
 pub fn of(stack: &Stack<'_>) -> &'static Stage {
-    let of_frame =
-        |frame: &&str| STAGES.iter().find(|stage| stage.patterns.iter().any(|pattern| frame.contains(pattern)));
-    stack.frames.iter().rev().find_map(of_frame).unwrap_or(&STAGES[STAGES.len() - 1])
+    let has = |frame: &str, patterns: &[&str]| patterns.iter().any(|pattern| frame.contains(pattern));
+    let of_frame = |frame: &&str| STAGES.iter().find(|stage| has(frame, stage.patterns));
+    let stage = stack.frames.iter().rev().find_map(of_frame).unwrap_or(&STAGES[STAGES.len() - 1]);
+    let waits = stage.name == RUNTIME && stack.frames.iter().any(|frame| has(frame, &WAITING));
+    STAGES.iter().find(|stage| waits && stage.name == IDLE).unwrap_or(stage)
 }
 
 /// Each stage's part, in the order of the table; together 100 % unless there is no sample at all.
@@ -256,6 +262,10 @@ mod tests {
         assert_eq!(stage(&format!("{caller};volley_protocol::encode::close;memcpy 1")), "encode");
         assert_eq!(stage("volley_server::shard::mesh::Mesh::send 1"), "cross-shard", "narrower than look-up");
         assert_eq!(stage(&format!("{caller};volley_protocol::header::FrameHeader::to_bytes 1")), "encode");
+        let ring = "glommio_ng::sys::uring::Reactor::poll_io";
+        assert_eq!(stage(&format!("glommio_ng::executor::LocalExecutor::run;{ring} 1")), "runtime");
+        assert_eq!(stage(&format!("glommio_ng::reactor::Reactor::spin_poll_io;{ring} 1")), "idle");
+        assert_eq!(stage(&format!("glommio_ng::reactor::Reactor::spin_poll_io;{ring};io_poll_add_[k] 1")), "socket");
         assert_eq!(stage("main;nobody's 1"), "other");
     }
 }
