@@ -17,7 +17,9 @@ pub struct Stage {
 const IDLE: &str = "idle";
 const RUNTIME: &str = "runtime";
 /// The runtime has no task to run under these: it polls for a while (`idle_poll`), or goes to sleep and wakes up.
-const WAITING: [&str; 3] = ["Reactor::spin_poll_io", "parking::Parker::park", "std::time::Instant>::elapsed"];
+const WAITING: [&str; 2] = ["Reactor::spin_poll_io", "parking::Parker::park"];
+/// The name of what is dropped may name everything; it counts for whoever drops it.
+const DROPS: &str = "core::ptr::drop_in_place";
 
 /// A stack belongs to the stage of its innermost frame that any stage has a pattern for: what `memcpy` does for the decoder
 /// is decoding. Where several stages have a pattern for that frame, the first of them counts, so what is narrow stands
@@ -196,7 +198,7 @@ pub struct Share {
 #[must_use]
 pub fn of(stack: &Stack<'_>) -> &'static Stage {
     let has = |frame: &str, patterns: &[&str]| patterns.iter().any(|pattern| frame.contains(pattern));
-    let of_frame = |frame: &&str| STAGES.iter().find(|stage| has(frame, stage.patterns));
+    let of_frame = |frame: &&str| STAGES.iter().find(|stage| !frame.starts_with(DROPS) && has(frame, stage.patterns));
     let stage = stack.frames.iter().rev().find_map(of_frame).unwrap_or(&STAGES[STAGES.len() - 1]);
     let waits = stage.name == RUNTIME && stack.frames.iter().any(|frame| has(frame, &WAITING));
     STAGES.iter().find(|stage| waits && stage.name == IDLE).unwrap_or(stage)
@@ -266,6 +268,8 @@ mod tests {
         assert_eq!(stage(&format!("glommio_ng::executor::LocalExecutor::run;{ring} 1")), "runtime");
         assert_eq!(stage(&format!("glommio_ng::reactor::Reactor::spin_poll_io;{ring} 1")), "idle");
         assert_eq!(stage(&format!("glommio_ng::reactor::Reactor::spin_poll_io;{ring};io_poll_add_[k] 1")), "socket");
+        let dropped = "core::ptr::drop_in_place<volley_server::object_store::any::AnyStore>";
+        assert_eq!(stage(&format!("{caller};{dropped};mi_free 1")), "decode");
         assert_eq!(stage("main;nobody's 1"), "other");
     }
 }
