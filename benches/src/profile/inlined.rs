@@ -55,8 +55,8 @@ impl Names for Program {
             let found = address.and_then(|address| self.debug.find_frames(address).ok());
             let Some(mut frames) = found else { return names };
             while let Ok(Some(frame)) = frames.next() {
-                let name = frame.function.and_then(|function| Some(function.demangle().ok()?.into_owned()));
-                names.push(name.unwrap_or_else(|| "[unknown]".to_owned()));
+                // Assembly has lines without functions: then the symbol is all there is.
+                names.extend(frame.function.and_then(|function| Some(function.demangle().ok()?.into_owned())));
             }
             names
         })

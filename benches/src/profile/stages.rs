@@ -181,7 +181,7 @@ pub const STAGES: &[Stage] = &[
             "io_wq_worker",
             // The loop of an executor.
             "scoped_tls::ScopedKey",
-            "volley_server::platform",
+            "as volley_server::platform::Platform>",
         ],
     },
     Stage { name: "other", what: "everything else", patterns: &[] },
