@@ -155,25 +155,34 @@ mod tests {
         assert_eq!(String::from_utf8(out).expect("text"), expected);
     }
 
+    #[inline(always)]
+    fn within(number: u64) -> u64 {
+        std::hint::black_box(number) * 3 + 1
+    }
+
     #[inline(never)]
-    fn here() -> u64 {
-        here as fn() -> u64 as usize as u64
+    fn around(number: u64) -> u64 {
+        within(std::hint::black_box(number) ^ 5)
     }
 
     #[test]
     fn functions_of_this_program_have_their_names() {
         let own = std::env::current_exe().expect("own path");
         let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        assert_eq!(around(4), 4);
+        let address = around as fn(u64) -> u64 as usize as u64;
         let hex = |text: &str| u64::from_str_radix(text, 16).expect("a number");
         let offset = maps.lines().find_map(|line| {
             // First-last, rights, offset in the file.
             let words: Vec<&str> = line.split_whitespace().collect();
             let (first, last) = words[0].split_once('-').expect("a range");
-            (hex(first)..hex(last)).contains(&here()).then(|| here() - hex(first) + hex(words[2]))
+            (hex(first)..hex(last)).contains(&address).then(|| address - hex(first) + hex(words[2]))
         });
+        let offset = offset.expect("its own code is mapped");
         let mut program = Program::new(&own).expect("debug information");
-        let names = program.at(offset.expect("its own code is mapped"), false);
-        assert!(names.last().is_some_and(|name| name.ends_with("here")), "{names:?}");
+        let mut stacks = (0..48).map(|at| program.at(offset + at, false).to_vec());
+        let inlined = stacks.find(|names| names.first().is_some_and(|name| name.ends_with("within")));
+        assert!(inlined.as_ref().is_some_and(|names| names[1].ends_with("around")), "{inlined:?}");
         assert!(program.at(u64::MAX, true).is_empty());
     }
 
