@@ -40,7 +40,7 @@ pub struct Args {
     /// Size of each volume in MiB [default: 32; hydrate: 256].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub volume_mib: Option<u32>,
-    /// Shards of the node, all on its one core: more than one show what passing requests between them costs.
+    /// Shards of the node, all on its one core.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub shards: u32,
     /// Samples of each second of processor time.

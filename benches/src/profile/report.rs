@@ -164,7 +164,10 @@ impl fmt::Display for Report {
         }
         writeln!(f, "\nfor each request, by {} at {:.0} requests/s", counted.by, counted.requests_per_second)?;
         let ring = |count: Option<f64>| {
-            count.map_or_else(|| "not counted: this kernel has no such trace point".to_owned(), |n| format!("{n:.4}"))
+            count.map_or_else(
+                || "not counted: no such trace point of the kernel can be read here".to_owned(),
+                |n| format!("{n:.4}"),
+            )
         };
         writeln!(f, "{:<24} {:.4}", "system calls", counted.syscalls)?;
         writeln!(f, "{:<24} {}", "io_uring submissions", ring(counted.ring_submissions))?;
