@@ -9,6 +9,7 @@ pub mod mount;
 pub mod origin;
 pub mod policies;
 pub mod process;
+pub mod profile;
 pub mod site;
 
 use std::collections::BTreeSet;
@@ -43,7 +44,8 @@ pub fn creation<'a>(snapshot: &'a str, prefix: &'a str, count: &'a str) -> Vec<&
 pub const BOOT_TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tools/data/boot-trace-debian12.csv");
 /// The device that the trace was recorded on.
 pub const IMAGE_BYTES: u64 = 2 << 30;
-const CHUNK_BYTES: u64 = 512 << 10;
+/// Bytes of a chunk, as images are imported.
+pub const CHUNK_BYTES: u64 = 512 << 10;
 /// What is in the image beside the chunks that the boot reads, so that it is as full as the real one.
 const OTHER_DATA_CHUNKS: u64 = 600;
 

@@ -31,7 +31,11 @@ pub fn machine() -> String {
 pub fn sibling(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().map_err(|e| format!("own path: {e}"))?;
     let path = own.with_file_name(name);
-    if path.exists() { Ok(path) } else { Err(format!("{} is missing: start through tools/bench", path.display())) }
+    if path.exists() {
+        Ok(path)
+    } else {
+        Err(format!("{} is missing: start through tools/bench or tools/profile", path.display()))
+    }
 }
 
 /// A program that runs on one core, or anywhere.
@@ -128,6 +132,14 @@ impl Server {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Processor time that its threads have taken, in nanoseconds: of those that have not ended.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn cpu_ns(&self) -> Result<u64> {
+        volley_tools::load::cpu::process_ns(self.child.id())
     }
 
     /// Resident memory in bytes.

@@ -381,9 +381,9 @@ impl Bench<'_> {
         let mut pairs = Vec::new();
         for _ in self.runs("hydration_cpu_vs_tools") {
             let node = self.bare_node(&self.unix("data"))?;
-            let before = volley_tools::load::cpu::Meter::start(Some(node.server.pid()))?;
+            let before = node.server.cpu_ns()?;
             self.hydrate(&node, "v0")?;
-            let ours = before.cpu_ns()?.unwrap_or_default() as f64 / 1e9;
+            let ours = node.server.cpu_ns()?.saturating_sub(before) as f64 / 1e9;
             node.stop()?;
             let plain = self.dir.join("tools.raw");
             let mut peer =

@@ -28,8 +28,11 @@ impl Meter {
     }
 }
 
-/// What the kernel's scheduler counts of all threads that the process has now.
-fn process_ns(pid: u32) -> Result<u64, String> {
+/// Processor time of a process in nanoseconds: what the kernel's scheduler counts of all threads that it has now.
+///
+/// # Errors
+/// A sentence when there is no such process.
+pub fn process_ns(pid: u32) -> Result<u64, String> {
     let failed = |error: std::io::Error| format!("can't read the processor time of process {pid}: {error}");
     let mut total = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(failed)? {
