@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Args;
 use super::workload::Shape;
-use crate::process::{Result, Server, run, sibling};
+use crate::process::{Result, Server, on_core, run, sibling};
 use crate::{creation, full_image};
 
 /// What hydration wrote has left for the disk by then.
@@ -88,8 +88,7 @@ impl Place {
     /// Those of what is run, or of the node.
     pub fn node<T>(&self, work: impl FnOnce(&Server) -> Result<T>) -> Result<T> {
         let data = self.dir.join("node");
-        let mut command = Command::new("taskset");
-        command.args(["-c", &self.core.to_string()]).arg(sibling("volleyd")?);
+        let mut command = on_core(Some(self.core), sibling("volleyd")?);
         command.arg("--data").arg(&data).args(["--object-store", &self.objects()]);
         command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", "error"]);
         command.args(["--cores", &self.shards.to_string()]);

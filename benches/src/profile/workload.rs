@@ -1,13 +1,11 @@
 //! The loads that are profiled, and what they found out about themselves.
 
-use std::process::Command;
-
 use serde::Serialize;
 use serde_json::Value;
 
 use super::Args;
 use crate::CHUNK_BYTES;
-use crate::process::{Result, Server, run, sibling};
+use crate::process::{Result, Server, on_core, run, sibling};
 
 /// What is asked of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -76,11 +74,14 @@ impl Workload {
     /// # Errors
     /// When it fails, or one of its requests.
     pub fn load(self, server: &Server, shape: &Shape, core: usize) -> Result<Load> {
-        let mut command = Command::new("taskset");
-        command.args(["-c", &core.to_string()]).arg(sibling("volley-load")?);
+        let mut command = on_core(Some(core), sibling("volley-load")?);
         command.args(["--server", &server.ready_word("data")?, "--prefix", "v", "--json"]);
         command.args(["--connections", &shape.connections.to_string(), "--depth", &shape.depth.to_string()]);
         command.args(["--block", &shape.block_bytes.to_string(), "--duration", &format!("{}s", shape.seconds)]);
+        if self != Workload::Hydrate {
+            // The one that costs little: the server is what is looked at.
+            command.args(["--generator", "wire"]);
+        }
         if let Some(count) = shape.count {
             command.args(["--count", &count.to_string()]);
         }
