@@ -50,7 +50,7 @@ impl Names for Program {
             let mut segments = self.segments.iter().filter(|segment| offset >= segment.offset);
             let address = segments.find_map(|segment| {
                 let at = offset - segment.offset;
-                (at < segment.len).then_some(segment.address + at)
+                (at < segment.len).then(|| segment.address + at)
             });
             let found = address.and_then(|address| self.debug.find_frames(address).ok());
             let Some(mut frames) = found else { return names };

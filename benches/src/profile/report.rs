@@ -14,6 +14,8 @@ use super::workload::{Load, Shape};
 const FUNCTIONS: usize = 30;
 /// System calls that the text names.
 const SYSCALLS: usize = 12;
+/// It does not name those that are called less often than this for each request.
+const RARE: f64 = 1e-4;
 /// Longer names are cut in the text.
 const NAME_CHARS: usize = 110;
 
@@ -172,7 +174,8 @@ impl fmt::Display for Report {
         writeln!(f, "{:<24} {:.4}", "system calls", counted.syscalls)?;
         writeln!(f, "{:<24} {}", "io_uring submissions", ring(counted.ring_submissions))?;
         writeln!(f, "{:<24} {}", "io_uring completions", ring(counted.ring_completions))?;
-        counted.by_syscall.iter().take(SYSCALLS).try_for_each(|(name, each)| writeln!(f, "  {name:<22} {each:.4}"))
+        let mut frequent = counted.by_syscall.iter().filter(|(_, each)| *each >= RARE).take(SYSCALLS);
+        frequent.try_for_each(|(name, each)| writeln!(f, "  {name:<22} {each:.4}"))
     }
 }
 
