@@ -59,6 +59,7 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     println!("{}", machine());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let most = if args.shards == 0 { cores } else { args.shards };
+    std::fs::create_dir_all(dir.join("objects")).map_err(|e| format!("{}: {e}", dir.display()))?;
     let bench = Bench { args, dir };
     let mut figures = Vec::new();
     bench.shards(most, &mut figures)?;

@@ -43,15 +43,14 @@ fn serve() -> io::Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
     let descriptor = listener.into_raw_fd();
-    // SAFETY: the descriptor is a listening socket that `into_raw_fd` has given up; listening again changes its backlog.
-    let listener = unsafe {
-        libc::listen(descriptor, BACKLOG);
-        glommio::net::TcpListener::from_raw_fd(descriptor)
-    };
+    // SAFETY: the descriptor is a live listening socket; listening again only changes its backlog.
+    unsafe { libc::listen(descriptor, BACKLOG) };
     println!("floor ready: data 127.0.0.1:{port}");
     let executor = LocalExecutorBuilder::new(Placement::Unbound).spin_before_park(SPIN);
     let executor = executor.make().map_err(|error| io::Error::other(error.to_string()))?;
     executor.run(async move {
+        // SAFETY: the descriptor is listening, and owned, because `into_raw_fd` has given it up.
+        let listener = unsafe { glommio::net::TcpListener::from_raw_fd(descriptor) };
         loop {
             let stream = listener.accept().await.map_err(|error| io::Error::other(error.to_string()))?;
             stream.set_nodelay(true).map_err(|error| io::Error::other(error.to_string()))?;

@@ -34,6 +34,8 @@ pub struct Plan {
 /// # Errors
 /// A sentence when the node can't be reached, or a volume that was made can't be deleted.
 pub fn run(plan: &Plan) -> Result<Report, String> {
+    // Better one error now than the same one again and again.
+    api(plan)?.get("/v1/node").map_err(|error| error.to_string())?;
     let (next, made) = (AtomicU64::new(0), Mutex::new(Vec::new()));
     let server = Meter::start(plan.server_pid)?;
     let begun = Instant::now();

@@ -29,7 +29,8 @@ fn site_with_volumes() -> (Site, Node) {
     write_image(&site.path("image.raw"), 4 * MIB, 1);
     site.import(&site.path("image.raw"), "debian-12");
     let node = site.start_default();
-    node.create(&site, "debian-12", 6, "vm-");
+    let volumes = ["volume", "create", "--snapshot", "debian-12", "--name-prefix", "vm-", "--count", "6"];
+    node.volley(&site, &[&volumes[..], &["--rate", "unlimited"]].concat()).success();
     (0..6).for_each(|number| node.wait_hydrated(&site, &format!("vm-{number}"), "60s"));
     (site, node)
 }
