@@ -89,7 +89,7 @@ impl Workload {
             Workload::PriorityFetch => command.arg("priority-fetch"),
             Workload::Read => command.arg("read"),
             Workload::Write => command.arg("write"),
-            Workload::Hydrate => command.args(["priority-fetch", "--sequential"]),
+            Workload::Hydrate => command.args(["priority-fetch", "--addresses", "sequential"]),
         };
         Load::parse(&run(&mut command)?)
     }
