@@ -1,7 +1,7 @@
 //! What a benchmark measured: one value per run, beside what a peer did in the same run.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -81,6 +81,40 @@ impl Figure {
     }
 }
 
+/// Says which run of how many it is, before each of them.
+pub fn runs(what: &str, runs: u32) -> impl Iterator<Item = u32> + use<> {
+    let what = what.to_owned();
+    (0..runs).inspect(move |run| eprintln!("{what}: run {} of {runs}", run + 1))
+}
+
+/// How often a benchmark measures, and where its figures go.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Publication {
+    /// Write the figures as a JSON array into FILE.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Append one JSON line for each figure, with commit and machine, to FILE.
+    #[arg(long, value_name = "FILE", default_value = "benches/results.jsonl")]
+    results: PathBuf,
+    /// Runs of each figure; the median is published.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+}
+
+impl Publication {
+    /// As [`runs`].
+    pub fn runs(&self, what: &str) -> impl Iterator<Item = u32> + use<> {
+        runs(what, self.runs)
+    }
+
+    /// As [`conclude`], after the lines of results.
+    #[must_use]
+    pub fn conclude(&self, bench: &str, measured: Result<Vec<Figure>, String>) -> ExitCode {
+        let published = measured.and_then(|figures| append_results(&self.results, &figures).map(|()| figures));
+        conclude(bench, published, self.json.as_deref())
+    }
+}
+
 /// A duration in milliseconds, as figures have it.
 #[must_use]
 pub fn ms(duration: Duration) -> f64 {
@@ -117,10 +151,7 @@ pub fn conclude(bench: &str, measured: Result<Vec<Figure>, String>, json: Option
 }
 
 /// Appends a line for each figure to a file of results: the figure, the commit of the work tree, and the machine.
-///
-/// # Errors
-/// As writing the file.
-pub fn append_results(path: &Path, figures: &[Figure]) -> Result<(), String> {
+fn append_results(path: &Path, figures: &[Figure]) -> Result<(), String> {
     let describe = std::process::Command::new("git").args(["describe", "--always", "--dirty", "--abbrev=12"]).output();
     let commit = describe.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default();
     let unix_seconds = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();

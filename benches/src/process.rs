@@ -38,6 +38,44 @@ pub fn sibling(name: &str) -> Result<PathBuf> {
     }
 }
 
+/// A new folder in the one given, which is made if it is not there; it goes away with the first of the two.
+///
+/// # Errors
+/// When it can't be made.
+pub fn work_folder(parent: &Path) -> Result<(tempfile::TempDir, PathBuf)> {
+    let said = |e: std::io::Error| format!("{}: {e}", parent.display());
+    std::fs::create_dir_all(parent).map_err(said)?;
+    let folder = tempfile::tempdir_in(parent).map_err(said)?;
+    let path = folder.path().canonicalize().map_err(said)?;
+    Ok((folder, path))
+}
+
+/// A `volley` command with an object store in a directory, for a node if one is given.
+///
+/// # Errors
+/// When the binary is not built.
+pub fn volley(objects: &Path, server: Option<&Server>, words: &[&str]) -> Result<Command> {
+    let mut command = Command::new(sibling("volley")?);
+    command.args(words).env("VOLLEY_OBJECT_STORE", format!("file:{}", objects.display())).env_remove("VOLLEY_SERVER");
+    if let Some(server) = server {
+        command.env("VOLLEY_SERVER", server.ready_word("http")?);
+    }
+    Ok(command)
+}
+
+/// The file of the one volume that is in a node's data directory.
+///
+/// # Errors
+/// When there is none, or another.
+pub fn only_volume_file(data: &Path) -> Result<PathBuf> {
+    let dir = data.join("store/volumes");
+    let mut entries = std::fs::read_dir(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    match (entries.next(), entries.next()) {
+        (Some(Ok(entry)), None) => Ok(entry.path()),
+        _ => Err(format!("{} does not hold exactly one volume", dir.display())),
+    }
+}
+
 /// A program that runs on one core, or anywhere.
 #[must_use]
 pub fn on_core(core: Option<usize>, program: impl AsRef<std::ffi::OsStr>) -> Command {

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::origin::{Manners, Origin};
-use crate::process::{Result, Server, run, sibling};
+use crate::process::{Result, Server, run, sibling, work_folder};
 
 /// Nobody waits for the object store's manners while images are put there.
 const AT_ONCE: Manners = Manners { first_byte: Duration::ZERO, bytes_per_second: 10 << 30 };
@@ -39,11 +39,7 @@ impl Site {
     /// # Errors
     /// When the folder can't be made or the object store can't listen.
     pub fn new(args: &SiteArgs) -> Result<Site> {
-        let parent = &args.dir;
-        let said = |e: std::io::Error| format!("{}: {e}", parent.display());
-        std::fs::create_dir_all(parent).map_err(said)?;
-        let files = tempfile::tempdir_in(parent).map_err(said)?;
-        let dir = files.path().canonicalize().map_err(said)?;
+        let (files, dir) = work_folder(&args.dir)?;
         let origin = Origin::start(AT_ONCE).map_err(|e| format!("object store: {e}"))?;
         Ok(Site { dir, origin, sockets: None, _files: files })
     }

@@ -20,13 +20,17 @@ const FLAGS_KNOWN: u8 = FLAG_REPLY | FLAG_FUA;
 
 const MAGIC_AT: usize = 0;
 const VERSION_AT: usize = MAGIC_AT + 4;
-const OP_AT: usize = VERSION_AT + 2;
+/// Where the operation stands in a header: for those who look into one that is damaged, or do not check it.
+pub const OP_AT: usize = VERSION_AT + 2;
 const FLAGS_AT: usize = OP_AT + 1;
 const STATUS_AT: usize = FLAGS_AT + 1;
 const RESERVED_AT: usize = STATUS_AT + 2;
-const BODY_LEN_AT: usize = RESERVED_AT + 2;
-const REQUEST_ID_AT: usize = BODY_LEN_AT + 4;
-const PAYLOAD_LEN_AT: usize = REQUEST_ID_AT + 8;
+/// Where the length of the body stands in a header.
+pub const BODY_LEN_AT: usize = RESERVED_AT + 2;
+/// Where the request id stands in a header.
+pub const REQUEST_ID_AT: usize = BODY_LEN_AT + 4;
+/// Where the length of the payload stands in a header.
+pub const PAYLOAD_LEN_AT: usize = REQUEST_ID_AT + 8;
 const BODY_CRC_AT: usize = PAYLOAD_LEN_AT + 4;
 const PAYLOAD_CRC_AT: usize = BODY_CRC_AT + 4;
 const HEADER_CRC_AT: usize = PAYLOAD_CRC_AT + 4;

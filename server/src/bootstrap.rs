@@ -180,6 +180,20 @@ impl Node {
     }
 }
 
+/// Lets this process have as many files open as it may: every volume in use and every connection is one, and shells start
+/// programs with a soft limit of 1,024 and let them raise it. Returns how many that are; a refusal leaves the limit as it was.
+pub fn raise_open_files() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid rlimit that outlives the calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
+            return 0;
+        }
+        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) == 0 { raised.rlim_cur } else { limit.rlim_cur }
+    }
+}
+
 /// Recovers the node and starts its shards; they accept connections when it returns. On a full disk it uses the space
 /// that an earlier start held back.
 ///

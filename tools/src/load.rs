@@ -22,6 +22,9 @@ use std::time::Duration;
 
 use volley_client::{Client, Options};
 
+/// What servers log.
+const CLIENT_NAME: &str = concat!("volley-load ", env!("CARGO_PKG_VERSION"));
+
 /// How clients of a load are made.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -40,7 +43,7 @@ impl Target {
     /// A sentence that names the server.
     pub async fn connect(&self) -> Result<Client, String> {
         let defaults = Options::default();
-        let client_name = format!("volley-load {}", env!("CARGO_PKG_VERSION"));
+        let client_name = CLIENT_NAME.to_owned();
         let in_flight_max = defaults.in_flight_max.max(self.depth);
         let options = Options { client_name, deadline: self.deadline, in_flight_max, ..defaults };
         let client = Client::connect(&self.server, options).await;
@@ -84,19 +87,6 @@ fn on_threads<T, R: Send>(
         let panicked = |_| Err("a load thread panicked".to_owned());
         running.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
     })
-}
-
-/// As many open files as this process may have: each connection is one.
-pub fn raise_open_files() {
-    // SAFETY: getrlimit fills the struct it is given, setrlimit reads it.
-    unsafe {
-        let mut limit: libc::rlimit = std::mem::zeroed();
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            // What can't be raised shows when the files run out.
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
-        }
-    }
 }
 
 /// A block of bytes that is never all zeroes and differs by place and by `tag`, so that neither zero elision nor a

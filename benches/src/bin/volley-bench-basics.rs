@@ -6,8 +6,8 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use clap::Parser;
-use volley_benches::figure::{Figure, Pair, conclude};
-use volley_benches::process::{Result, Server, machine, run, sibling, timed};
+use volley_benches::figure::{Figure, Pair, conclude, runs};
+use volley_benches::process::{Result, Server, machine, only_volume_file, run, sibling, timed, work_folder};
 use volley_benches::{creation, fio};
 
 /// More than the cache holds, so that the node has all the memory it will have.
@@ -49,9 +49,7 @@ fn main() -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let files = tempfile::tempdir_in(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let dir = files.path().canonicalize().map_err(|e| e.to_string())?;
+    let (_files, dir) = work_folder(&args.dir)?;
     let sockets = tempfile::tempdir().map_err(|e| e.to_string())?;
     let memory = tempfile::tempdir_in("/dev/shm").map_err(|e| format!("/dev/shm: {e}"))?;
     let bench = Bench { args, dir: &dir, sockets: sockets.path(), memory: memory.path(), image: dir.join("image.raw") };
@@ -88,9 +86,8 @@ impl Bench<'_> {
         f64::from(self.args.image_mib) * f64::from(1 << 20)
     }
 
-    fn runs(&self, what: &str) -> impl Iterator<Item = u32> {
-        let (what, runs) = (what.to_owned(), self.args.runs);
-        (0..runs).inspect(move |run| eprintln!("{what}: run {} of {runs}", run + 1))
+    fn runs(&self, what: &str) -> impl Iterator<Item = u32> + use<> {
+        runs(what, self.args.runs)
     }
 
     fn volley(&self, objects: &Path, http: Option<&str>, words: &[&str]) -> Result<Command> {
@@ -306,15 +303,6 @@ fn attach_all(server: &Server, count: u32) -> Result<u64> {
         }
         resident
     })
-}
-
-fn only_volume_file(data: &Path) -> Result<PathBuf> {
-    let dir = data.join("store/volumes");
-    let mut entries = std::fs::read_dir(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-    match (entries.next(), entries.next()) {
-        (Some(Ok(entry)), None) => Ok(entry.path()),
-        _ => Err(format!("{} does not hold exactly one volume", dir.display())),
-    }
 }
 
 fn remove_dir(dir: &Path) -> Result<()> {

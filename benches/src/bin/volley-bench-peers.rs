@@ -8,9 +8,9 @@ use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use serde_json::Value;
-use volley_benches::figure::{Figure, Pair, append_results, conclude};
+use volley_benches::figure::{Figure, Pair, Publication};
 use volley_benches::fio;
-use volley_benches::process::{Result, Server, machine, on_core, run, sibling};
+use volley_benches::process::{Result, Server, machine, on_core, only_volume_file, run, sibling, volley, work_folder};
 
 /// Core of every server, and of every client.
 const SERVER_CORE: usize = 0;
@@ -24,18 +24,11 @@ const VOLUMES: u32 = 4;
 #[derive(Debug, Parser)]
 #[command(name = "tools/bench peers")]
 struct Args {
-    /// Write the figures as a JSON array into FILE.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Append one JSON line for each figure, with commit and machine, to FILE.
-    #[arg(long, value_name = "FILE", default_value = "benches/results.jsonl")]
-    results: PathBuf,
+    #[command(flatten)]
+    publication: Publication,
     /// Only these parts: fetch, nbd, device, flush, cpu.
     #[arg(long, value_name = "PART,...", value_delimiter = ',')]
     only: Vec<String>,
-    /// Runs of each figure; the median is published.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
-    runs: u32,
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=600))]
     seconds: u32,
@@ -49,17 +42,11 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let measured = measure(&args).and_then(|figures| {
-        append_results(&args.results, &figures)?;
-        Ok(figures)
-    });
-    conclude("peers", measured, args.json.as_deref())
+    args.publication.conclude("peers", measure(&args))
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let files = tempfile::tempdir_in(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let dir = files.path().canonicalize().map_err(|e| e.to_string())?;
+    let (_files, dir) = work_folder(&args.dir)?;
     let sockets = tempfile::tempdir().map_err(|e| e.to_string())?;
     println!("{}", machine());
     let image = dir.join("image.raw");
@@ -104,41 +91,22 @@ impl Node {
         self.server.stop()?;
         std::fs::remove_dir_all(&self.data).map_err(|e| format!("{}: {e}", self.data.display()))
     }
-
-    /// The file of its one volume.
-    fn volume_file(&self) -> Result<PathBuf> {
-        let dir = self.data.join("store/volumes");
-        let mut entries = std::fs::read_dir(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-        match (entries.next(), entries.next()) {
-            (Some(Ok(entry)), None) => Ok(entry.path()),
-            _ => Err(format!("{} does not hold exactly one volume", dir.display())),
-        }
-    }
 }
 
 impl Bench<'_> {
-    fn objects(&self) -> String {
-        format!("file:{}", self.dir.join("objects").display())
+    fn objects(&self) -> PathBuf {
+        self.dir.join("objects")
     }
 
     fn volley(&self, server: Option<&Server>, words: &[&str]) -> Result<Command> {
-        let mut command = Command::new(sibling("volley")?);
-        command.args(words).env("VOLLEY_OBJECT_STORE", self.objects()).env_remove("VOLLEY_SERVER");
-        if let Some(server) = server {
-            command.env("VOLLEY_SERVER", server.ready_word("http")?);
-        }
-        Ok(command)
-    }
-
-    fn runs(&self, what: &str) -> impl Iterator<Item = u32> + use<> {
-        let (what, runs) = (what.to_owned(), self.args.runs);
-        (0..runs).inspect(move |run| eprintln!("{what}: run {} of {runs}", run + 1))
+        volley(&self.objects(), server, words)
     }
 
     fn bare_node(&self, listen: &str) -> Result<Node> {
         let data = self.dir.join("node");
         let mut command = on_core(Some(SERVER_CORE), sibling("volleyd")?);
-        command.arg("--data").arg(&data).args(["--object-store", &self.objects(), "--cores", "1", "--log", "warn"]);
+        command.arg("--data").arg(&data).args(["--cores", "1", "--log", "warn"]);
+        command.arg("--object-store").arg(format!("file:{}", self.objects().display()));
         command.args(["--listen", listen, "--http", "127.0.0.1:0"]);
         Ok(Node { server: Server::start(command, "volleyd: ready")?, data })
     }
@@ -189,7 +157,7 @@ impl Bench<'_> {
             for depth in [16, 64, 256] {
                 let name = format!("priority_fetch{kind}_p{depth}_vs_redis");
                 let mut pairs = Vec::new();
-                for _ in self.runs(&name) {
+                for _ in self.args.publication.runs(&name) {
                     let ours = self.fetches(&node.server, CONNECTIONS, depth)?.rate;
                     pairs.push(Pair { ours, peer: self.redis_gets(&redis, kind == "_unix", depth, ours)? });
                 }
@@ -210,7 +178,7 @@ impl Bench<'_> {
         let floor = Server::start(on_core(Some(SERVER_CORE), sibling("volley-floor")?), "floor ready")?;
         let peer = "a glommio echo of the same frames";
         let (mut deep, mut alone, mut many, mut fair) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for _ in self.runs("priority_fetch_vs_floor") {
+        for _ in self.args.publication.runs("priority_fetch_vs_floor") {
             let pair = |connections, depth| {
                 Ok::<_, String>((
                     self.fetches(&node.server, connections, depth)?,
@@ -274,7 +242,7 @@ impl Bench<'_> {
         command.args(["--nbd", &format!("unix:{}", socket.display())]);
         let agent = Server::start(command, "ready")?;
         let copy = self.dir.join("peer.raw");
-        run(Command::new("cp").arg("--sparse=never").arg(node.volume_file()?).arg(&copy))?;
+        run(Command::new("cp").arg("--sparse=never").arg(only_volume_file(&node.data)?).arg(&copy))?;
         run(Command::new("sync").arg(&copy))?;
         let peers =
             ["qemu-nbd", "qemu-storage-daemon", "nbdkit"].map(|name| (name, self.sockets.join(format!("{name}.sock"))));
@@ -283,7 +251,7 @@ impl Bench<'_> {
         for (rw, depth) in [("read", 1), ("read", 32), ("write", 1), ("write", 32)] {
             let name = format!("nbd_{rw}4k_qd{depth}_vs_best");
             let (mut direct, mut cached, mut wins) = (Vec::new(), Vec::new(), [0; 2]);
-            for _ in self.runs(&name) {
+            for _ in self.args.publication.runs(&name) {
                 let ours = self.fio_nbd(&socket, "v0", rw, depth)?;
                 let rates = peers.iter().map(|(_, socket)| self.fio_nbd(socket, "v0", rw, depth));
                 let rates: Vec<f64> = rates.collect::<Result<_>>()?;
@@ -318,11 +286,11 @@ impl Bench<'_> {
     /// 4 KiB reads of resident data through the client, which the device bounds, beside fio on the volume's file.
     fn device(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let node = self.node(&self.unix("data"), 1)?;
-        let file = node.volume_file()?;
+        let file = only_volume_file(&node.data)?;
         for depth in [1, 32] {
             let name = format!("read4k_qd{depth}_vs_fio");
             let (mut pairs, mut more_us) = (Vec::new(), Vec::new());
-            for _ in self.runs(&name) {
+            for _ in self.args.publication.runs(&name) {
                 let said = self.load(&node.server, &["read", "--volume", "v0", "--depth", &depth.to_string()])?;
                 let mut command = on_core(Some(CLIENT_CORE), "fio");
                 command.args([
@@ -353,9 +321,9 @@ impl Bench<'_> {
     fn flush(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let node = self.node(&self.unix("data"), 1)?;
         let copy = self.dir.join("flush.raw");
-        run(Command::new("cp").arg("--sparse=never").arg(node.volume_file()?).arg(&copy))?;
+        run(Command::new("cp").arg("--sparse=never").arg(only_volume_file(&node.data)?).arg(&copy))?;
         let mut pairs = Vec::new();
-        for _ in self.runs("flush_vs_fdatasync") {
+        for _ in self.args.publication.runs("flush_vs_fdatasync") {
             let said = self.load(&node.server, &["write", "--fua", "--volume", "v0", "--depth", "1"])?;
             let mut command = on_core(Some(CLIENT_CORE), "fio");
             command.args([
@@ -384,7 +352,7 @@ impl Bench<'_> {
         let packed = self.dir.join("image.zst");
         run(Command::new("zstd").args(["-1", "-q", "-f"]).arg(&image).arg("-o").arg(&packed))?;
         let mut pairs = Vec::new();
-        for _ in self.runs("hydration_cpu_vs_tools") {
+        for _ in self.args.publication.runs("hydration_cpu_vs_tools") {
             let node = self.bare_node(&self.unix("data"))?;
             let before = node.server.cpu_ns()?;
             self.hydrate(&node, "v0")?;

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use glommio::{LocalExecutorBuilder, Placement};
-use volley_benches::figure::{Figure, Pair, conclude};
-use volley_benches::process::{Result, Server, run, sibling};
+use volley_benches::figure::{Figure, Pair, conclude, runs};
+use volley_benches::process::{Result, Server, run, sibling, work_folder};
 use volley_server::bootstrap::JOURNAL_DIR;
 use volley_server::config::StoreConfig;
 use volley_server::datadir::{DataDir, VOLUMES_DIR};
@@ -51,9 +51,7 @@ fn main() -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let files = tempfile::tempdir_in(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let dir = files.path().canonicalize().map_err(|e| e.to_string())?;
+    let (_files, dir) = work_folder(&args.dir)?;
     let sockets = tempfile::tempdir().map_err(|e| e.to_string())?;
     std::fs::create_dir(dir.join("objects")).map_err(|e| e.to_string())?;
     println!("{}", volley_benches::process::machine());
@@ -199,9 +197,8 @@ impl Node<'_> {
         })
     }
 
-    fn runs(&self, what: &str) -> impl Iterator<Item = u32> {
-        let (what, runs, count) = (what.to_owned(), self.args.runs, self.count);
-        (0..runs).inspect(move |run| eprintln!("{what}, {count} volumes: run {} of {runs}", run + 1))
+    fn runs(&self, what: &str) -> impl Iterator<Item = u32> + use<> {
+        runs(&format!("{what}, {} volumes", self.count), self.args.runs)
     }
 }
 

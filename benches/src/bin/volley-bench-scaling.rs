@@ -8,8 +8,8 @@ use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use serde_json::Value;
-use volley_benches::figure::{Figure, Pair, append_results, conclude};
-use volley_benches::process::{Result, Server, machine, run, sibling};
+use volley_benches::figure::{Figure, Pair, Publication};
+use volley_benches::process::{Result, Server, machine, run, sibling, volley, work_folder};
 use volley_protocol::limits::{VERSION_MAX, VERSION_MIN};
 use volley_protocol::messages::Hello;
 use volley_protocol::{encode, name_tag};
@@ -22,15 +22,8 @@ const IDLE_CONNECTIONS: usize = 5000;
 #[derive(Debug, Parser)]
 #[command(name = "tools/bench scaling")]
 struct Args {
-    /// Write the figures as a JSON array into FILE.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Append one JSON line for each figure, with commit and machine, to FILE.
-    #[arg(long, value_name = "FILE", default_value = "benches/results.jsonl")]
-    results: PathBuf,
-    /// Runs of each figure; the median is published.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
-    runs: u32,
+    #[command(flatten)]
+    publication: Publication,
     /// Seconds of each measurement.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=600))]
     seconds: u32,
@@ -44,18 +37,12 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let measured = measure(&args).and_then(|figures| {
-        append_results(&args.results, &figures)?;
-        Ok(figures)
-    });
-    conclude("scaling", measured, args.json.as_deref())
+    args.publication.conclude("scaling", measure(&args))
 }
 
 fn measure(args: &Args) -> Result<Vec<Figure>> {
-    std::fs::create_dir_all(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let files = tempfile::tempdir_in(&args.dir).map_err(|e| format!("{}: {e}", args.dir.display()))?;
-    let dir = files.path().canonicalize().map_err(|e| e.to_string())?;
-    volley_tools::load::raise_open_files();
+    let (_files, dir) = work_folder(&args.dir)?;
+    volley_server::bootstrap::raise_open_files();
     println!("{}", machine());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let most = if args.shards == 0 { cores } else { args.shards };
@@ -74,17 +61,13 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn runs(&self, what: &str) -> impl Iterator<Item = u32> + use<> {
-        let (what, runs) = (what.to_owned(), self.args.runs);
-        (0..runs).inspect(move |run| eprintln!("{what}: run {} of {runs}", run + 1))
-    }
-
     /// Measures on a new node with a blank volume for each shard, by their order: all of a blank volume is resident.
     fn on_node<T>(&self, shards: usize, measure: impl FnOnce(&Server, &[String]) -> Result<T>) -> Result<T> {
         let data = self.dir.join("node");
-        let objects = format!("file:{}", self.dir.join("objects").display());
+        let objects = self.dir.join("objects");
         let mut command = Command::new(sibling("volleyd")?);
-        command.arg("--data").arg(&data).args(["--object-store", &objects, "--log", "warn"]);
+        command.arg("--data").arg(&data).args(["--log", "warn"]);
+        command.arg("--object-store").arg(format!("file:{}", objects.display()));
         command.args(["--cores", &shards.to_string(), "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
         let server = Server::start(command, "volleyd: ready")?;
         let names = (0..shards).map(|shard| {
@@ -93,9 +76,7 @@ impl Bench<'_> {
         });
         let names: Vec<String> = names.collect();
         for name in &names {
-            let mut command = Command::new(sibling("volley")?);
-            command.args(["volume", "create", name, "--size", "1GiB"]).env("VOLLEY_SERVER", server.ready_word("http")?);
-            run(&mut command)?;
+            run(&mut volley(&objects, Some(&server), &["volume", "create", name, "--size", "1GiB"])?)?;
         }
         let measured = measure(&server, &names)?;
         server.stop()?;
@@ -127,7 +108,7 @@ impl Bench<'_> {
         let mut counts: Vec<usize> = (0..).map(|power| 1 << power).take_while(|count| *count < most).collect();
         counts.push(most);
         let mut rates = vec![Vec::new(); counts.len()];
-        for _ in self.runs("shards") {
+        for _ in self.args.publication.runs("shards") {
             for (shards, rates) in counts.iter().zip(&mut rates) {
                 let threads = shards.to_string();
                 rates.push(self.on_node(*shards, |server, names| {
@@ -146,7 +127,7 @@ impl Bench<'_> {
     /// One request at a time, of a volume that another shard owns, beside one of the shard that is asked.
     fn hop(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let (mut pairs, mut random) = (Vec::new(), Vec::new());
-        for _ in self.runs("hop") {
+        for _ in self.args.publication.runs("hop") {
             self.on_node(2, |server, names| {
                 let p50 = |volumes: &[String]| {
                     number(&self.fetches(server, volumes, 1, 1, &["--any-shard"])?["latency_us"]["p50"])
@@ -167,7 +148,7 @@ impl Bench<'_> {
     fn connections(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let mut measured = vec![(Vec::new(), Vec::new()); CONNECTIONS.len()];
         let mut bytes = Vec::new();
-        for _ in self.runs("connections") {
+        for _ in self.args.publication.runs("connections") {
             self.on_node(1, |server, names| {
                 for (count, (rates, p99)) in CONNECTIONS.iter().zip(&mut measured) {
                     let said = self.fetches(server, names, *count, 1, &[])?;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::{AsyncReadExt, AsyncWriteExt};
 use glommio::net::TcpStream;
 use glommio::{LocalExecutorBuilder, Placement, spawn_local};
+use volley_protocol::header::{BODY_LEN_AT, OP_AT, PAYLOAD_LEN_AT, REQUEST_ID_AT};
 use volley_protocol::limits::{IN_FLIGHT_MAX, PAYLOAD_BYTES_MAX, VERSION_MAX};
 use volley_protocol::messages::{AttachReply, HelloReply};
 use volley_protocol::{Decoded, HEADER_BYTES, Op, decode, encode};
@@ -22,11 +23,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const RECEIVE_BYTES: usize = 64 << 10;
 const SPIN: Duration = Duration::from_micros(100);
 const BACKLOG: libc::c_int = 8192;
-/// Places in a header: operation, body length, request id, payload length.
-const OP_AT: usize = 6;
-const BODY_LEN_AT: usize = 12;
-const REQUEST_ID_AT: usize = 16;
-const PAYLOAD_LEN_AT: usize = 24;
 const VOLUME_BYTES: u64 = 256 << 20;
 
 fn main() -> ExitCode {

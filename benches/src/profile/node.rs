@@ -1,12 +1,11 @@
 //! The node that is profiled: one core, volumes of its own, an object store in a directory.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use super::Args;
 use super::workload::Shape;
-use crate::process::{Result, Server, on_core, run, sibling};
+use crate::process::{Result, Server, on_core, run, sibling, volley, work_folder};
 use crate::{creation, full_image};
 
 /// What hydration wrote has left for the disk by then.
@@ -49,24 +48,16 @@ impl Place {
     /// # Errors
     /// When it can't be made.
     pub fn new(args: &Args, core: usize) -> Result<Place> {
-        let said = |e: std::io::Error| format!("{}: {e}", args.dir.display());
-        std::fs::create_dir_all(&args.dir).map_err(said)?;
-        let files = tempfile::tempdir_in(&args.dir).map_err(said)?;
-        let dir = files.path().canonicalize().map_err(said)?;
+        let (files, dir) = work_folder(&args.dir)?;
         Ok(Place { dir, core, shards: args.shards, _files: files })
     }
 
     fn volley(&self, server: Option<&Server>, words: &[&str]) -> Result<()> {
-        let mut command = Command::new(sibling("volley")?);
-        command.args(words).env("VOLLEY_OBJECT_STORE", self.objects()).env_remove("VOLLEY_SERVER");
-        if let Some(server) = server {
-            command.env("VOLLEY_SERVER", server.ready_word("http")?);
-        }
-        run(&mut command).map(drop)
+        run(&mut volley(&self.objects(), server, words)?).map(drop)
     }
 
-    fn objects(&self) -> String {
-        format!("file:{}", self.dir.join("objects").display())
+    fn objects(&self) -> PathBuf {
+        self.dir.join("objects")
     }
 
     /// Puts so many images into the object store, `i0`, `i1` and so on; no two have a chunk in common.
@@ -89,7 +80,7 @@ impl Place {
     pub fn node<T>(&self, work: impl FnOnce(&Server) -> Result<T>) -> Result<T> {
         let data = self.dir.join("node");
         let mut command = on_core(Some(self.core), sibling("volleyd")?);
-        command.arg("--data").arg(&data).args(["--object-store", &self.objects()]);
+        command.arg("--data").arg(&data).args(["--object-store", &format!("file:{}", self.objects().display())]);
         command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log", "error"]);
         command.args(["--cores", &self.shards.to_string()]);
         let server = Server::start(command, "volleyd: ready")?;

@@ -93,7 +93,7 @@ fn run(args: Args) -> Result<(), String> {
     end_with_any_shard();
     let missing = "no object store: give --object-store file:DIR or s3://BUCKET/PREFIX, set VOLLEY_OBJECT_STORE, or object_store in --config";
     let object_store = config.object_store.clone().ok_or(missing)?;
-    raise_open_files();
+    bootstrap::raise_open_files();
     let mut data = DataDir::open(&config.data, &config.stores()).map_err(|e| e.to_string())?;
     let http = TcpListener::bind(&config.http).map_err(|e| format!("can't listen on http {}: {e}", config.http))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -135,18 +135,6 @@ fn run(args: Args) -> Result<(), String> {
     node.join().map_err(|e| e.to_string())?;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Every volume in use is an open file; shells start programs with a soft limit of 1,024 and let them raise it.
-fn raise_open_files() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is a valid rlimit to write to and outlives the call.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
-        return;
-    }
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: `limit` is a valid rlimit and outlives the call. A refusal leaves the old limit, which is no harm.
-    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
 }
 
 /// Said once everything listens; scripts wait for this line and read the chosen ports from it.

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::rc::Rc;
 
+use volley_protocol::header::{OP_AT, REQUEST_ID_AT};
 use volley_protocol::limits::{
     CLIENT_NAME_BYTES_MAX, FRAME_BYTES_MAX, IN_FLIGHT_MAX, PAYLOAD_BYTES_MAX, VERSION_MAX, VERSION_MIN,
 };
@@ -16,10 +17,6 @@ use crate::limits::{CONNECTIONS_BYTES_MAX, RECEIVE_BUFFER_BYTES, RECEIVE_BUFFER_
 use crate::platform::{ByteReader, Platform, Queue};
 use crate::shard::api::{ConnectionId, Handler, Reply, Request};
 use crate::types::VolumeId;
-
-/// Where operation and request id stand in a header: an error reply repeats them even when the rest is unreadable.
-const OP_AT: usize = 6;
-const REQUEST_ID_AT: usize = 16;
 
 /// Reads requests until the peer closes, breaks the protocol, or the session ends.
 pub(super) async fn read_requests<P: Platform, H: Handler>(
@@ -60,14 +57,11 @@ struct ReceiveBuffer {
     end: usize,
     /// Length that the frame at the start needs.
     wanted: usize,
-    /// The last read left no room: the peer says more at once than fits.
-    was_filled: bool,
 }
 
 impl ReceiveBuffer {
     fn new() -> ReceiveBuffer {
-        let bytes = vec![0; RECEIVE_BUFFER_FIRST_BYTES];
-        ReceiveBuffer { bytes, start: 0, end: 0, wanted: HEADER_BYTES, was_filled: false }
+        ReceiveBuffer { bytes: vec![0; RECEIVE_BUFFER_FIRST_BYTES], start: 0, end: 0, wanted: HEADER_BYTES }
     }
 
     fn unparsed(&self) -> &[u8] {
@@ -101,7 +95,8 @@ impl ReceiveBuffer {
     /// count as held.
     fn grow(&mut self) -> usize {
         let len = self.bytes.len();
-        let roomier = if self.was_filled { (4 * len).min(RECEIVE_BUFFER_BYTES) } else { 0 };
+        // The last read left no room: the peer says more at once than fits.
+        let roomier = if self.end == len { (4 * len).min(RECEIVE_BUFFER_BYTES) } else { 0 };
         self.bytes.resize(len.max(self.wanted).max(roomier), 0);
         self.bytes.len().saturating_sub(len.max(RECEIVE_BUFFER_BYTES))
     }
@@ -118,7 +113,6 @@ impl ReceiveBuffer {
 
     fn filled(&mut self, len: usize) {
         self.end += len;
-        self.was_filled = self.end == self.bytes.len();
     }
 }
 
@@ -296,7 +290,7 @@ fn note_attachment<H: Handler>(
     }
 }
 
-/// Operation and request id of a header.
+/// Operation and request id of a header: an error reply repeats them even when the rest is unreadable.
 fn identity(header: &[u8]) -> Option<(u8, u64)> {
     let id = header.get(REQUEST_ID_AT..)?.first_chunk::<8>()?;
     Some((*header.get(OP_AT)?, u64::from_le_bytes(*id)))

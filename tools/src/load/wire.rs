@@ -15,14 +15,15 @@ use std::time::{Duration, Instant};
 
 use volley_protocol::messages::{Attach, Lookup};
 use volley_protocol::name_tag;
+use volley_server::bootstrap::raise_open_files;
 
 use self::connection::{Asked, Connection, Lane};
 use self::socket::Greeted;
 use super::addresses::Blocks;
-use super::cpu::{self, Meter};
+use super::cpu;
 use super::report::{Measured, Report, Series};
 use super::workload::{Kind, Plan};
-use super::{Random, check_threads, on_threads, raise_open_files};
+use super::{Random, check_threads};
 
 /// An open loop looks at its clock instead of sleeping when less than this is left.
 const SPIN: Duration = Duration::from_micros(200);
@@ -43,6 +44,7 @@ struct Found {
 /// A sentence when the load can't start, or a connection is lost.
 pub fn run(plan: &Plan) -> Result<Report, String> {
     check_threads(plan.threads, plan.connections)?;
+    // Each connection is one; what can't be raised shows when they run out.
     raise_open_files();
     let mut first = Greeted::connect(&plan.target.server, plan.target.deadline)?;
     let shards = first.shards.clone();
@@ -57,18 +59,10 @@ pub fn run(plan: &Plan) -> Result<Report, String> {
     }
     drop(first);
     let budget = Arc::new(AtomicU64::new(plan.count));
-    let server = Meter::start(plan.server_pid)?;
-    let results = on_threads(
-        plan.threads,
-        async |thread| {
-            cpu::pin(plan.cores.get(thread as usize).copied())?;
-            Driver::prepare(plan, &found, &shards, thread, Arc::clone(&budget))
-        },
+    plan.measure(
+        async |thread| Driver::prepare(plan, &found, &shards, thread, Arc::clone(&budget)),
         async |mut driver| driver.run(),
-    )?;
-    let server_ns = server.cpu_ns()?;
-    let measured: Vec<Measured> = results.into_iter().collect::<Result<_, _>>()?;
-    Ok(Measured::report(measured, plan.kind.name(), plan.kind.requests(), server_ns))
+    )
 }
 
 /// The connections of one thread.

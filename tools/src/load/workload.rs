@@ -101,17 +101,29 @@ pub struct Plan {
 pub fn run(plan: &Plan) -> Result<Report, String> {
     check(plan)?;
     let budget = Arc::new(AtomicU64::new(plan.count));
-    let server = Meter::start(plan.server_pid)?;
-    let results = on_threads(
-        plan.threads,
-        async |thread| {
-            cpu::pin(plan.cores.get(thread as usize).copied())?;
-            prepare(plan, thread).await
-        },
-        async |(workers, attached)| run_thread(plan, workers, attached, Arc::clone(&budget)).await,
-    )?;
-    let server_ns = server.cpu_ns()?;
-    Ok(Measured::report(results, plan.kind.name(), plan.kind.requests(), server_ns))
+    plan.measure(
+        async |thread| prepare(plan, thread).await,
+        async |(workers, attached)| Ok(run_thread(plan, workers, attached, Arc::clone(&budget)).await),
+    )
+}
+
+impl Plan {
+    /// Runs the plan's threads on their cores, and sums up what they measured and what the server took meanwhile.
+    pub(super) fn measure<T>(
+        &self,
+        prepare: impl AsyncFn(u32) -> Result<T, String> + Sync,
+        run: impl AsyncFn(T) -> Result<Measured, String> + Sync,
+    ) -> Result<Report, String> {
+        let server = Meter::start(self.server_pid)?;
+        let pinned = async |thread: u32| {
+            cpu::pin(self.cores.get(thread as usize).copied())?;
+            prepare(thread).await
+        };
+        let results = on_threads(self.threads, pinned, run)?;
+        let server_ns = server.cpu_ns()?;
+        let threads = results.into_iter().collect::<Result<_, _>>()?;
+        Ok(Measured::report(threads, self.kind.name(), self.kind.requests(), server_ns))
+    }
 }
 
 fn check(plan: &Plan) -> Result<(), String> {

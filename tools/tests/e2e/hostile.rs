@@ -34,7 +34,7 @@ struct Siege {
 
 impl Siege {
     fn lay() -> Siege {
-        raise_open_files();
+        need_open_files();
         let mut arena = Arena::new(None, "6MiB/s", seed());
         arena.options = NodeOptions { listen: Some("127.0.0.1:0".to_owned()), ..arena.options };
         let node = arena.site.start(&arena.options);
@@ -115,13 +115,7 @@ fn told(mut latencies: Vec<Duration>) -> String {
 }
 
 /// Attackers hold thousands of sockets.
-fn raise_open_files() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is a valid rlimit to write to and outlives both calls.
-    unsafe {
-        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
-        limit.rlim_cur = limit.rlim_max;
-        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
-    }
-    assert!(limit.rlim_cur >= 20_000, "{} open files are too few for this test: raise ulimit -Hn", limit.rlim_cur);
+fn need_open_files() {
+    let files = volley_server::bootstrap::raise_open_files();
+    assert!(files >= 20_000, "{files} open files are too few for this test: raise ulimit -Hn");
 }

@@ -12,6 +12,8 @@ use volley_protocol::limits::{VERSION_MAX, VERSION_MIN};
 use volley_protocol::messages::{AttachReply, Body, Hello, HelloReply};
 use volley_protocol::{Decoded, Frame, address, decode};
 
+use crate::load::CLIENT_NAME;
+
 /// A blocking connection that is greeted.
 pub struct Greeted {
     stream: Stream,
@@ -45,7 +47,7 @@ impl Greeted {
             }
         };
         let mut greeted = Greeted { stream, shards: Vec::new() };
-        let client = format!("volley-load {}", env!("CARGO_PKG_VERSION"));
+        let client = CLIENT_NAME.to_owned();
         let hello = Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, features: 0, client };
         let shards = greeted.ask(&hello, |frame| frame.owned_body::<HelloReply>().map(|reply| reply.shards))?;
         greeted.shards = shards.iter().map(|entry| address::resolve(server, entry)).collect::<Result<_, _>>()?;
