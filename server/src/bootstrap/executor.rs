@@ -43,7 +43,7 @@ where
 
 /// The platform of the executor that runs the caller.
 pub(super) fn platform() -> Result<Glommio> {
-    Glommio::new().map_err(|e| Error::from_io("random seed of the kernel", &e))
+    Glommio::new().map_err(|e| Error::from_io("random seed or thread of the kernel", &e))
 }
 
 /// Says what an operator has to change so that executors can start.

@@ -9,6 +9,7 @@ mod clones;
 mod file;
 mod http;
 mod net;
+mod pulse;
 #[cfg(test)]
 mod tests;
 mod timers;
@@ -28,6 +29,7 @@ use glommio::{GlommioError, Latency, Shares, TaskQueueHandle};
 pub use self::file::{GlommioFile, HELPERS, ReadBytes, WriteBytes};
 pub use self::http::{GlommioHttp, Resolver};
 pub use self::net::{Acceptor, GlommioConnection, StreamReader, StreamWriter};
+use self::pulse::Pulse;
 use self::timers::Timers;
 use crate::platform::{DirEntry, OpenMode, Platform, Queue, SpaceInfo, Time};
 
@@ -52,13 +54,14 @@ struct Inner {
     background: TaskQueueHandle,
     random_state: Cell<u64>,
     timers: Rc<Timers>,
+    _pulse: Pulse,
 }
 
 impl Glommio {
     /// Makes the task queues of a shard on the executor that runs the caller.
     ///
     /// # Errors
-    /// When the kernel gives no random seed.
+    /// When the kernel gives no random seed or no thread.
     ///
     /// # Panics
     /// Outside a glommio executor.
@@ -70,7 +73,8 @@ impl Glommio {
         clones::send_by(serve);
         let random_state = Cell::new(kernel_random_u64()?);
         let timers = Rc::new(Timers::new(serve));
-        Ok(Glommio { inner: Rc::new(Inner { serve, background, random_state, timers }) })
+        let pulse = Pulse::start(background)?;
+        Ok(Glommio { inner: Rc::new(Inner { serve, background, random_state, timers, _pulse: pulse }) })
     }
 }
 

@@ -33,6 +33,32 @@ async fn write(platform: &Glommio, file: &super::GlommioFile, offset: u64, bytes
     file.write_at(offset, buf).await.expect("write");
 }
 
+/// A queue that is preempted ever sooner, until that happens before it ran anything: what a machine does that takes a thread off its core.
+#[test]
+fn an_executor_that_is_preempted_before_it_runs_goes_on() {
+    let (done, all_done) = std::sync::mpsc::channel();
+    let hasten = move || async move {
+        let _platform = Glommio::new().expect("platform");
+        let executor = glommio::executor();
+        for micros in (1..50).rev() {
+            let latency = glommio::Latency::Matters(Duration::from_micros(micros));
+            let hasty = executor.create_task_queue(glommio::Shares::default(), latency, "hasty");
+            for _ in 0..200 {
+                let start = Instant::now();
+                // Woken from outside of the queues: the timer that preempts is set after that, and before they run.
+                let woken = glommio::timer::sleep(Duration::from_micros(10));
+                glommio::spawn_local_into(woken, hasty).expect("queue").await;
+                if start.elapsed() > Duration::from_millis(1) {
+                    // It slept over its work, and here it is.
+                    return done.send(()).expect("the test waits");
+                }
+            }
+        }
+    };
+    LocalExecutorBuilder::new(Placement::Unbound).spawn(hasten).expect("executor");
+    all_done.recv_timeout(Duration::from_secs(60)).expect("the executor sleeps over its work, or never does so");
+}
+
 #[test]
 fn what_is_written_reads_back_after_sync_and_reopen() {
     on_executor(|platform, dir| async move {
