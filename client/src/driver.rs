@@ -65,6 +65,7 @@ impl Link {
             inbox: Some(inbox),
             problem: problem.clone(),
             silence_max: options.deadline,
+            idle_poll: options.idle_poll,
             attempt: 0,
         };
         tokio::spawn(driver.run());
@@ -179,6 +180,7 @@ struct Driver {
     inbox: Option<mpsc::UnboundedReceiver<Command>>,
     problem: Arc<Mutex<String>>,
     silence_max: Duration,
+    idle_poll: Duration,
     attempt: u32,
 }
 
@@ -255,7 +257,7 @@ impl Driver {
     async fn converse(&mut self, socket: Box<dyn Socket>) -> End {
         let (mut reader, mut writer) = tokio::io::split(socket);
         let (mut out, mut written) = (Vec::new(), 0);
-        let mut heard = Instant::now();
+        let (mut heard, mut active) = (Instant::now(), Instant::now());
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.core.connected();
@@ -267,12 +269,14 @@ impl Driver {
             }
             self.deliver();
             let waiting_for_hello = self.core.hello().is_none();
+            let looks_again = self.core.in_flight() > 0 && active.elapsed() < self.idle_poll;
             let inbox = self.inbox.as_mut();
             tokio::select! {
                 read = reader.read_buf(self.core.receive_buffer()) => match read {
                     Ok(0) => return End::Lost("closed by the server".into()),
                     Ok(_) => {
                         heard = Instant::now();
+                        active = heard;
                         if let Err(end) = self.process() {
                             return end;
                         }
@@ -280,9 +284,13 @@ impl Driver {
                     Err(e) => return End::Lost(e.to_string()),
                 },
                 wrote = writer.write(&out[written..]), if written < out.len() => match wrote {
-                    Ok(n) => written += n,
+                    Ok(n) => {
+                        written += n;
+                        active = Instant::now();
+                    }
                     Err(e) => return End::Lost(e.to_string()),
                 },
+                () = look_again(), if looks_again => {}
                 command = async { match inbox { Some(inbox) => inbox.recv().await, None => pending().await } } => {
                     let Some(command) = command else { return End::Closed };
                     if self.core.in_flight() == 0 && !waiting_for_hello {
@@ -325,6 +333,12 @@ impl Driver {
             let _ = ticket.answer.send(result);
         }
     }
+}
+
+/// Lets other threads have the core, then the runtime's other tasks, which look at all sockets.
+async fn look_again() {
+    std::thread::yield_now();
+    tokio::task::yield_now().await;
 }
 
 /// One short-lived connection for a question to a given shard: HELLO, and pages of LIST.

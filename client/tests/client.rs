@@ -380,3 +380,28 @@ fn handles_cross_threads() {
     check::<Client>();
     check::<Volume>();
 }
+
+/// Processor time of this thread, on which client and fake node run, while a read waits for its deadline.
+async fn cost_of_waiting(idle_poll: Duration) -> u64 {
+    let cpu_ns = || {
+        let said = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        said.split(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    let node = FakeNode::start(1, &["web-1"]).await;
+    let options = Options { deadline: Duration::from_millis(300), idle_poll, ..Options::default() };
+    let volume = Client::connect(&node.address(), options).await.unwrap().attach("web-1").await.unwrap();
+    node.first(Op::Read, 1, Act::Hold);
+    let before = cpu_ns();
+    assert_eq!(volume.read(0, 512).await.unwrap_err().kind, ErrorKind::Timeout);
+    cpu_ns() - before
+}
+
+#[tokio::test]
+async fn a_client_looks_for_an_owed_answer_as_long_as_it_was_told_and_then_sleeps() {
+    let (sleeping, brief, looking) = (
+        cost_of_waiting(Duration::ZERO).await,
+        cost_of_waiting(Duration::from_micros(100)).await,
+        cost_of_waiting(Duration::from_secs(1)).await,
+    );
+    assert!(looking > 4 * sleeping && looking > 4 * brief, "{sleeping} ns, {brief} ns, {looking} ns");
+}

@@ -8,6 +8,7 @@
 //! No bytes a peer sends may panic or stall the shard: they cost the sender its request or its connection.
 
 mod convert;
+mod output;
 mod reader;
 mod session;
 mod tally;
@@ -22,9 +23,10 @@ use std::time::Duration;
 use futures::future::{Either, poll_fn, select};
 use futures::task::AtomicWaker;
 
-use crate::limits::{CONNECTIONS_BYTES_MAX, CONNECTIONS_MAX, OUTPUT_BUFFER_KEPT_BYTES, WRITE_PIECE_BYTES};
+use crate::limits::{CONNECTIONS_BYTES_MAX, CONNECTIONS_MAX};
 use crate::platform::{ByteWriter, Connection, Platform, Queue};
 use crate::shard::api::{ConnectionId, Handler};
+use output::Output;
 use session::Session;
 pub use tally::Refusal;
 use tally::Tally;
@@ -165,9 +167,9 @@ pub fn serve<P: Platform, H: Handler>(
 
 /// Sends all replies that have gathered in one go, until there will be no more.
 async fn write_replies<P: Platform>(platform: &P, session: &Session, mut writer: impl ByteWriter) {
-    let mut sending = Vec::new();
+    let mut sending = Output::default();
     'replies: while session.next_output(&mut sending).await {
-        for piece in sending.chunks(WRITE_PIECE_BYTES) {
+        for piece in sending.pieces() {
             session.set_sending(Some(platform.now()));
             if let Err(error) = writer.write_all(piece).await {
                 tracing::debug!(%error, "connection lost while writing");
@@ -176,9 +178,6 @@ async fn write_replies<P: Platform>(platform: &P, session: &Session, mut writer:
         }
         session.set_sending(None);
         sending.clear();
-        if sending.capacity() > OUTPUT_BUFFER_KEPT_BYTES {
-            sending = Vec::new();
-        }
     }
     // Both directions, so that a reader waiting for the peer ends too.
     session.broken();

@@ -39,6 +39,7 @@ mod store_stats;
 mod tidy;
 mod upkeep;
 mod volume;
+mod zeroing;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

@@ -5,6 +5,7 @@ use volley_protocol::limits::{ERROR_BYTES_MAX, EXTENTS_MAX, LIST_NAMES_MAX, PAYL
 use volley_protocol::messages as m;
 use volley_protocol::{Op, encode};
 
+use super::output::Output;
 use crate::error::{Result, Status};
 use crate::shard::api::{Extent, FetchUntil, Reply, Request, VolumeStatus};
 use crate::types::VolumeId;
@@ -79,33 +80,33 @@ pub(super) fn pinned_bytes(request: &Request) -> usize {
 }
 
 /// Appends the reply frame of a request.
-pub(super) fn reply(out: &mut Vec<u8>, op: Op, request_id: u64, outcome: Result<Reply>) {
+pub(super) fn reply(out: &mut Output, op: Op, request_id: u64, outcome: Result<Reply>) {
     match outcome {
-        Ok(Reply::Done) => encode::reply_done(out, op, request_id),
+        Ok(Reply::Done) => encode::reply_done(out.frames(), op, request_id),
         Ok(Reply::Attached(info)) => {
             let (volume, generation) = (info.volume.0, info.generation);
             let body =
                 m::AttachReply { volume, generation, size_bytes: info.size_bytes, chunk_bytes: info.chunk_bytes };
-            encode::reply(out, op, request_id, &body);
+            encode::reply(out.frames(), op, request_id, &body);
         }
         Ok(Reply::Data(data)) if data.len() <= PAYLOAD_BYTES_MAX as usize => {
-            encode::reply_data(out, request_id, &data);
+            out.data(request_id, data);
         }
         Ok(Reply::Data(data)) => {
             let message = format!("the answer of {} bytes exceeds the limit", data.len());
-            encode::reply_error(out, op as u8, request_id, Status::Internal, &message);
+            encode::reply_error(out.frames(), op as u8, request_id, Status::Internal, &message);
         }
         Ok(Reply::Residency { version, extents }) => {
             // The client asks again from where a cut list ends.
             let extents = extents.into_iter().take(EXTENTS_MAX).map(extent).collect();
-            encode::reply(out, op, request_id, &m::ResidencyReply { version, extents });
+            encode::reply(out.frames(), op, request_id, &m::ResidencyReply { version, extents });
         }
-        Ok(Reply::Stat(status)) => encode::reply(out, op, request_id, &stat(*status)),
+        Ok(Reply::Stat(status)) => encode::reply(out.frames(), op, request_id, &stat(*status)),
         Ok(Reply::Names(mut names)) => {
             names.truncate(LIST_NAMES_MAX);
-            encode::reply(out, op, request_id, &m::ListReply { names });
+            encode::reply(out.frames(), op, request_id, &m::ListReply { names });
         }
-        Err(error) => encode::reply_error(out, op as u8, request_id, error.status, &error.message),
+        Err(error) => encode::reply_error(out.frames(), op as u8, request_id, error.status, &error.message),
     }
 }
 

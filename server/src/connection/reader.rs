@@ -214,7 +214,7 @@ impl<P: Platform, H: Handler> Dispatcher<'_, P, H> {
             payload_bytes_max: PAYLOAD_BYTES_MAX,
             in_flight_max: IN_FLIGHT_MAX,
         };
-        self.session.reply(|out| encode::reply(out, Op::Hello, request_id, &reply));
+        self.session.reply(|out| encode::reply(out.frames(), Op::Hello, request_id, &reply));
         ControlFlow::Continue(())
     }
 

@@ -11,6 +11,7 @@ use volley_protocol::limits::IN_FLIGHT_MAX;
 use volley_protocol::{Status, encode};
 
 use super::Connections;
+use super::output::Output;
 use crate::error::Result;
 use crate::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_BYTES_MAX, LIGHT_CONNECTION_BYTES_MAX};
 use crate::platform::Time;
@@ -24,7 +25,7 @@ pub(super) struct Session {
     /// Closes the socket in both directions, whatever is waiting for it.
     hang_up: Box<dyn Fn()>,
     opened: Time,
-    output: RefCell<Vec<u8>>,
+    output: RefCell<Output>,
     /// Bytes of output that the writer is sending now.
     sending_bytes: Cell<usize>,
     in_flight: Cell<usize>,
@@ -121,7 +122,7 @@ impl Session {
     }
 
     /// Appends reply frames; the writer sends them with whatever else has gathered.
-    pub(super) fn reply(&self, encode: impl FnOnce(&mut Vec<u8>)) {
+    pub(super) fn reply(&self, encode: impl FnOnce(&mut Output)) {
         if self.write_ended.get() {
             return;
         }
@@ -137,7 +138,7 @@ impl Session {
 
     pub(super) fn reply_error(&self, op: u8, request_id: u64, status: Status, message: &str) {
         self.connections.tally.fail(status);
-        self.reply(|out| encode::reply_error(out, op, request_id, status, message));
+        self.reply(|out| encode::reply_error(out.frames(), op, request_id, status, message));
     }
 
     /// Counts a failure of a request.
@@ -199,7 +200,7 @@ impl Session {
 
     /// Waits for replies to send and swaps them into `sending`, which is empty: what it held has been sent. `false`:
     /// there will be no more.
-    pub(super) async fn next_output(&self, sending: &mut Vec<u8>) -> bool {
+    pub(super) async fn next_output(&self, sending: &mut Output) -> bool {
         self.release(self.sending_bytes.take());
         self.reader.wake();
         poll_fn(|context| {

@@ -37,7 +37,7 @@ use crate::platform::{DirEntry, OpenMode, Platform, Queue, SpaceInfo, Time};
 const SERVE_SHARES: usize = 1000;
 const BACKGROUND_SHARES: usize = 100;
 /// Within this a runnable task of the serve queue is looked at: glommio preempts background work for it.
-const SERVE_LATENCY: Duration = Duration::from_millis(1);
+const SERVE_LATENCY: Duration = Duration::from_millis(10);
 /// A tenth of the weight of a thread that serves guests: little beside them, and never nothing.
 const BACKGROUND_NICE: libc::c_int = 10;
 /// Volume files hold guests' data: nobody but the server's user and group reads them.

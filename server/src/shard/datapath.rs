@@ -1,4 +1,4 @@
-//! The data path of guest requests: reads, writes, discards and flushes of volumes of this shard.
+//! The data path of guest requests: reads, writes and flushes of volumes of this shard; [`super::zeroing`] has discards.
 //!
 //! Reads take no lock: what is resident comes from the file, what is not from a verified chunk in memory, and the
 //! guest is answered before the chunk is written into the volume. Writes never wait for the object store, except for
@@ -14,7 +14,7 @@ use crate::mutation::{self, Mutation};
 use crate::object_store::ObjectStore;
 use crate::platform::{Platform, Time};
 use crate::shard::Shard;
-use crate::shard::api::{ConnectionId, Reply};
+use crate::shard::api::{ConnectionId, ReadData, Reply};
 use crate::shard::base::{Supplied, Want};
 use crate::shard::fills::Content;
 use crate::shard::harm::GuestIo;
@@ -27,9 +27,6 @@ use crate::transfer::{ChunkSource, FetchClass, Fetched};
 use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR_BYTES, VolumeId};
 
 const SECTOR: u64 = SECTOR_BYTES as u64;
-
-/// Bytes one discard or write-zeroes punches at a time, so that the chunks' locks are held briefly.
-const ZERO_STEP_BYTES: u64 = 32 << 20;
 
 /// A chunk on its way from the shard that owns it. Dropping it cancels nothing.
 pub(super) struct Answer(pub(super) flume::Receiver<Result<Fetched>>);
@@ -95,7 +92,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         Ok(volume)
     }
 
-    fn check_claim(&self, volume: &Volume<P>, claim: Claim) -> Result<()> {
+    pub(super) fn check_claim(&self, volume: &Volume<P>, claim: Claim) -> Result<()> {
         let (name, generation, current) = (&*volume.spec.name, claim.generation, volume.generation.get());
         if volume.deleted.get() && !volume.retired.get() {
             return Err(Error::new(Status::UnknownVolume, format!("volume {name:?} was deleted")));
@@ -123,8 +120,8 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let volume = self.writer(claim)?;
         let range = ByteRange::check(&volume, offset, u64::from(len))?;
         self.note_read(&volume, range);
-        let mut out = vec![0; len as usize];
         if volume.map.borrow().is_resident(range.sectors()) {
+            let mut out = Vec::with_capacity(len as usize);
             self.read_resident(&volume, range, &mut out).await?;
             return Ok(Reply::Data(out.into()));
         }
@@ -134,12 +131,24 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let contents = self.share_now(&volume, contents).await?;
         let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         // Residency is looked up again now: what guests wrote while the chunks were fetched is in the file.
+        if let [(chunk, Content::Data(fetched))] = &contents[..]
+            && volume.map.borrow().is_absent(range.sectors())
+        {
+            let from = (offset - u64::from(*chunk) * chunk_bytes) as usize;
+            let (data, part) = (fetched.data.clone(), from..from + len as usize);
+            if part.end <= data.len() {
+                self.note_miss(&volume, range, &contents, begun);
+                self.fill_all_behind(&volume, contents);
+                return Ok(Reply::Data(ReadData::Chunk { data, part }));
+            }
+        }
         let runs = volume.map.borrow().runs(range.sectors());
+        let mut out = Vec::with_capacity(len as usize);
         for run in runs {
             let (mut at, end) = ((run.start * SECTOR).max(offset), (run.end * SECTOR).min(range.end()));
             if run.resident {
                 let piece = ByteRange { offset: at, len: end - at };
-                self.read_resident(&volume, piece, &mut out[(at - offset) as usize..(end - offset) as usize]).await?;
+                self.read_resident(&volume, piece, &mut out).await?;
                 continue;
             }
             while at < end {
@@ -151,16 +160,21 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                     let message = format!("volume {:?} was changed while it was read: try again", &*volume.spec.name);
                     return Err(Error::new(Status::Busy, message));
                 };
-                let target = &mut out[(at - offset) as usize..(stop - offset) as usize];
-                copy_padded(target, content.bytes(), (at % chunk_bytes) as usize);
+                let begin = out.len();
+                out.resize(begin + (stop - at) as usize, 0);
+                copy_padded(&mut out[begin..], content.bytes(), (at % chunk_bytes) as usize);
                 at = stop;
             }
         }
         self.note_miss(&volume, range, &contents, begun);
-        for (chunk, content) in contents {
-            self.fill_behind(&volume, chunk, content);
-        }
+        self.fill_all_behind(&volume, contents);
         Ok(Reply::Data(out.into()))
+    }
+
+    fn fill_all_behind(&self, volume: &Rc<Volume<P>>, contents: Vec<(u32, Content)>) {
+        for (chunk, content) in contents {
+            self.fill_behind(volume, chunk, content);
+        }
     }
 
     pub(super) fn note_read(&self, volume: &Rc<Volume<P>>, range: ByteRange) {
@@ -202,14 +216,15 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         }
     }
 
-    async fn read_resident(&self, volume: &Volume<P>, range: ByteRange, out: &mut [u8]) -> Result<()> {
+    /// Appends what the file has there.
+    async fn read_resident(&self, volume: &Volume<P>, range: ByteRange, out: &mut Vec<u8>) -> Result<()> {
         let sectors = range.sectors();
         let buf = {
             let _io = self.guest_io(volume, GuestIo::read(range.len), range.len);
             volume.read_sectors(sectors).await?
         };
         let from = (range.offset - sectors.start * SECTOR) as usize;
-        out.copy_from_slice(&buf[from..from + out.len()]);
+        out.extend_from_slice(&buf[from..from + range.len as usize]);
         Ok(())
     }
 
@@ -307,7 +322,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.finish_write(&volume, fua).await
     }
 
-    fn count_write(&self, volume: &Volume<P>, len: u64) {
+    pub(super) fn count_write(&self, volume: &Volume<P>, len: u64) {
         self.0.counters.guest_writes.add(1);
         self.0.counters.guest_written_bytes.add(len);
         volume.counters.writes.add(1);
@@ -315,7 +330,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.0.stores[volume.store].guest_writes.borrow_mut().add(len, self.0.platform.now());
     }
 
-    async fn finish_write(&self, volume: &Rc<Volume<P>>, fua: bool) -> Result<Reply> {
+    pub(super) async fn finish_write(&self, volume: &Rc<Volume<P>>, fua: bool) -> Result<Reply> {
         if fua && !mutation::on(Mutation::FuaIgnored) {
             self.sync_for_guest(volume).await?;
         }
@@ -329,7 +344,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
     }
 
     /// Writes `data` (`None`: zeroes) to a range of any alignment to 512 bytes.
-    async fn write_range(
+    pub(super) async fn write_range(
         &self,
         volume: &Rc<Volume<P>>,
         claim: Claim,
@@ -408,53 +423,6 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let content = find(contents, (sector * SECTOR / chunk_bytes) as u32);
         let content = content.expect("residency never shrinks: an absent chunk was fetched");
         copy_padded(out, content.bytes(), (sector * SECTOR % chunk_bytes) as usize);
-        Ok(())
-    }
-
-    /// Discard and write-zeroes: whole sectors become holes, resident as zeroes; nothing is fetched for them. The edges
-    /// of a write-zeroes are written; those of a discard, which is advice, are left alone.
-    pub(super) async fn zero(&self, claim: Claim, range: (u64, u64), write_edges: bool, fua: bool) -> Result<Reply> {
-        let volume = self.writer(claim)?;
-        let range = ByteRange::check(&volume, range.0, range.1)?;
-        self.count_write(&volume, range.len);
-        let to_end = range.end() == volume.spec.size_bytes;
-        let inner_start = match mutation::on(Mutation::ZeroRoundsOutward) {
-            true => range.offset / SECTOR * SECTOR,
-            false => range.offset.next_multiple_of(SECTOR),
-        };
-        let inner_end = if to_end { range.end().next_multiple_of(SECTOR) } else { range.end() / SECTOR * SECTOR };
-        if inner_start >= inner_end {
-            if write_edges {
-                self.write_range(&volume, claim, range, None).await?;
-            }
-            return self.finish_write(&volume, fua).await;
-        }
-        if write_edges && range.offset < inner_start {
-            let head = ByteRange { offset: range.offset, len: inner_start - range.offset };
-            self.write_range(&volume, claim, head, None).await?;
-        }
-        let mut at = inner_start;
-        while at < inner_end {
-            let end = (at + ZERO_STEP_BYTES).min(inner_end);
-            self.punch(&volume, claim, SectorRange { start: at / SECTOR, end: end / SECTOR }).await?;
-            at = end;
-        }
-        if write_edges && inner_end < range.end() {
-            let tail = ByteRange { offset: inner_end, len: range.end() - inner_end };
-            self.write_range(&volume, claim, tail, None).await?;
-        }
-        self.finish_write(&volume, fua).await
-    }
-
-    async fn punch(&self, volume: &Rc<Volume<P>>, claim: Claim, sectors: SectorRange) -> Result<()> {
-        let (_locks, _writing) = self.begin_write(volume, sectors, Mode::Shared).await?;
-        self.check_claim(volume, claim)?;
-        if !mutation::on(Mutation::ZeroWithoutPunch) {
-            volume.zero_sectors(sectors).await?;
-        }
-        volume.map.borrow_mut().mark_zeroed(sectors);
-        self.note_dirty(volume);
-        volume.note_change();
         Ok(())
     }
 

@@ -40,6 +40,10 @@ struct Args {
     /// A request that the node has not answered by then fails with an I/O error; a node that restarts within it goes unnoticed.
     #[arg(long, default_value = "60s", value_name = "DURATION", value_parser = parse_duration)]
     deadline: Duration,
+    /// While the node owes an answer, look for it this long before sleeping, because waking up takes longer than a fast disk;
+    /// whoever else wants the core has it meanwhile. 0us sleeps at once.
+    #[arg(long, default_value = "100us", value_name = "DURATION", value_parser = parse_duration)]
+    idle_poll: Duration,
     /// Print the ready message (stdout) and a fatal error (stderr) as JSON.
     #[arg(long)]
     json: bool,
@@ -79,7 +83,7 @@ async fn run(args: Args) -> Result<(), String> {
         listeners.push(Listener::bind(address).await?);
     }
     let client_name = format!("volley-agent {}", env!("CARGO_PKG_VERSION"));
-    let options = Options { client_name, deadline: args.deadline, ..Options::default() };
+    let options = Options { client_name, deadline: args.deadline, idle_poll: args.idle_poll, ..Options::default() };
     let connect = Client::connect(&args.server, options);
     let client = tokio::select! {
         client = connect => client.map_err(|error| format!("can't reach the node at {}: {error}", args.server))?,

@@ -1,7 +1,10 @@
 //! A node beside what one would use instead, in the same run: Redis, the floor, fio, qemu-nbd, qemu-storage-daemon, nbdkit,
 //! and the tools that do what hydration does. Start it with `tools/bench peers`, which builds everything it runs.
 //!
-//! The server has one core and whoever asks it the other, and so have the peers.
+//! The server has one core and whoever asks it the other, and so have the peers: who works on a file itself, as a server does, has the
+//! server's.
+
+mod ram;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -26,7 +29,7 @@ const VOLUMES: u32 = 4;
 struct Args {
     #[command(flatten)]
     publication: Publication,
-    /// Only these parts: fetch, nbd, device, flush, cpu.
+    /// Only these parts: fetch, nbd, device, ram, flush, cpu.
     #[arg(long, value_name = "PART,...", value_delimiter = ',')]
     only: Vec<String>,
     /// Seconds of each measurement.
@@ -53,15 +56,16 @@ fn measure(args: &Args) -> Result<Vec<Figure>> {
     volley_benches::full_image(&image, args.image_mib, 1)?;
     let bench = Bench { args, dir, sockets: sockets.path().to_owned() };
     run(&mut bench.volley(None, &["image", "import", &image.display().to_string(), "--name", "bench"])?)?;
-    let parts: [(&str, Part<'_>); 5] = [
+    let parts: [(&str, Part<'_>); 6] = [
         ("fetch", Bench::fetch),
         ("nbd", Bench::nbd),
         ("device", Bench::device),
+        ("ram", Bench::ram),
         ("flush", Bench::flush),
         ("cpu", Bench::cpu),
     ];
     if let Some(unknown) = args.only.iter().find(|only| parts.iter().all(|(name, _)| name != only)) {
-        return Err(format!("--only {unknown}: the parts are fetch, nbd, device, flush, cpu"));
+        return Err(format!("--only {unknown}: the parts are fetch, nbd, device, ram, flush, cpu"));
     }
     let mut figures = Vec::new();
     for (name, part) in parts {
@@ -283,38 +287,46 @@ impl Bench<'_> {
         fio::field(&run(&mut command)?, rw, "iops")
     }
 
-    /// 4 KiB reads of resident data through the client, which the device bounds, beside fio on the volume's file.
+    /// 4 KiB reads of resident data through the client, which the device bounds, beside fio on the volume's file: as it does
+    /// it, and in bursts, as requests arrive that a server was sent together.
     fn device(&self, figures: &mut Vec<Figure>) -> Result<()> {
         let node = self.node(&self.unix("data"), 1)?;
         let file = only_volume_file(&node.data)?;
         for depth in [1, 32] {
             let name = format!("read4k_qd{depth}_vs_fio");
-            let (mut pairs, mut more_us) = (Vec::new(), Vec::new());
+            let (mut pairs, mut bursts, mut more_us) = (Vec::new(), Vec::new(), Vec::new());
             for _ in self.args.publication.runs(&name) {
                 let said = self.load(&node.server, &["read", "--volume", "v0", "--depth", &depth.to_string()])?;
-                let mut command = on_core(Some(CLIENT_CORE), "fio");
-                command.args([
-                    "--name=r",
-                    "--rw=randread",
-                    "--bs=4k",
-                    "--direct=1",
-                    "--ioengine=io_uring",
-                    "--norandommap",
-                ]);
-                command.args([&format!("--iodepth={depth}"), "--time_based", "--readonly", "--output-format=json"]);
-                command.arg(format!("--runtime={}", self.args.seconds)).arg(format!("--filename={}", file.display()));
-                let peer = fio::field(&run(&mut command)?, "read", "iops")?;
                 let ours = number(&said["series"]["read"]["requests_per_second"])?;
+                let peer = self.fio_file(&file, "read", &["--readonly", &format!("--iodepth={depth}")])?;
                 more_us.push((1.0 / ours - 1.0 / peer) * 1e6);
                 pairs.push(Pair { ours, peer });
+                if depth > 1 {
+                    let batches = ["iodepth", "iodepth_batch_submit", "iodepth_batch_complete_min"];
+                    let options = batches.map(|option| format!("--{option}={depth}"));
+                    let options: Vec<&str> = options.iter().map(String::as_str).chain(["--readonly"]).collect();
+                    bursts.push(Pair { ours, peer: self.fio_file(&file, "read", &options)? });
+                }
             }
             let peer = "fio io_uring, direct I/O, on the same file";
             figures.push(Figure::against(&name, "IOPS", peer, &pairs));
             if depth == 1 {
                 figures.push(Figure::alone("read4k_qd1_latency_over_fio_us", "us", &more_us));
+            } else {
+                let peer = format!("{peer}, {depth} at a time, and the next when all are done");
+                figures.push(Figure::against(&format!("read4k_qd{depth}_vs_fio_bursts"), "IOPS", &peer, &bursts));
             }
         }
         node.stop()
+    }
+
+    /// Requests per second of 4 KiB each at random, with direct I/O on a file.
+    fn fio_file(&self, file: &Path, rw: &str, options: &[&str]) -> Result<f64> {
+        let mut command = on_core(Some(SERVER_CORE), "fio");
+        command.args(["--name=r", &format!("--rw=rand{rw}"), "--bs=4k", "--direct=1", "--ioengine=io_uring"]);
+        command.args(["--norandommap", "--time_based", "--output-format=json"]).args(options);
+        command.arg(format!("--runtime={}", self.args.seconds)).arg(format!("--filename={}", file.display()));
+        fio::field(&run(&mut command)?, rw, "iops")
     }
 
     /// A flush after each 4 KiB write, one at a time.
@@ -325,18 +337,7 @@ impl Bench<'_> {
         let mut pairs = Vec::new();
         for _ in self.args.publication.runs("flush_vs_fdatasync") {
             let said = self.load(&node.server, &["write", "--fua", "--volume", "v0", "--depth", "1"])?;
-            let mut command = on_core(Some(CLIENT_CORE), "fio");
-            command.args([
-                "--name=w",
-                "--rw=randwrite",
-                "--bs=4k",
-                "--direct=1",
-                "--ioengine=io_uring",
-                "--fdatasync=1",
-            ]);
-            command.args(["--norandommap", "--time_based", "--output-format=json"]);
-            command.arg(format!("--runtime={}", self.args.seconds)).arg(format!("--filename={}", copy.display()));
-            let iops = fio::field(&run(&mut command)?, "write", "iops")?;
+            let iops = self.fio_file(&copy, "write", &["--fdatasync=1"])?;
             let ours = 1e6 / number(&said["series"]["write"]["requests_per_second"])?;
             pairs.push(Pair { ours, peer: 1e6 / iops });
         }
