@@ -27,6 +27,10 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a core may try again what got a transient error.
 const TICK: Duration = Duration::from_millis(100);
+/// A core that comes back later than this after it was yielded has others who want it, and then a connection that looks for its
+/// answers only waits behind them: for so long it sleeps instead, and is woken ahead of them.
+const ALONE_MAX: Duration = Duration::from_micros(50);
+const CROWDED_PAUSE: Duration = Duration::from_millis(100);
 
 /// A way to reach one shard; clones share the connection.
 #[derive(Clone)]
@@ -257,7 +261,7 @@ impl Driver {
     async fn converse(&mut self, socket: Box<dyn Socket>) -> End {
         let (mut reader, mut writer) = tokio::io::split(socket);
         let (mut out, mut written) = (Vec::new(), 0);
-        let (mut heard, mut active) = (Instant::now(), Instant::now());
+        let (mut heard, mut active, mut crowded_until) = (Instant::now(), Instant::now(), Instant::now());
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.core.connected();
@@ -269,7 +273,8 @@ impl Driver {
             }
             self.deliver();
             let waiting_for_hello = self.core.hello().is_none();
-            let looks_again = self.core.in_flight() > 0 && active.elapsed() < self.idle_poll;
+            let looks_again =
+                self.core.in_flight() > 0 && active.elapsed() < self.idle_poll && crowded_until <= Instant::now();
             let inbox = self.inbox.as_mut();
             tokio::select! {
                 read = reader.read_buf(self.core.receive_buffer()) => match read {
@@ -290,7 +295,11 @@ impl Driver {
                     }
                     Err(e) => return End::Lost(e.to_string()),
                 },
-                () = look_again(), if looks_again => {}
+                alone = look_again(), if looks_again => {
+                    if !alone {
+                        crowded_until = Instant::now() + CROWDED_PAUSE;
+                    }
+                }
                 command = async { match inbox { Some(inbox) => inbox.recv().await, None => pending().await } } => {
                     let Some(command) = command else { return End::Closed };
                     if self.core.in_flight() == 0 && !waiting_for_hello {
@@ -335,10 +344,13 @@ impl Driver {
     }
 }
 
-/// Lets other threads have the core, then the runtime's other tasks, which look at all sockets.
-async fn look_again() {
+/// Lets other threads have the core, then the runtime's other tasks, which look at all sockets. `false`: the core came back late.
+async fn look_again() -> bool {
+    let yielded = Instant::now();
     std::thread::yield_now();
+    let alone = yielded.elapsed() < ALONE_MAX;
     tokio::task::yield_now().await;
+    alone
 }
 
 /// One short-lived connection for a question to a given shard: HELLO, and pages of LIST.

@@ -63,7 +63,7 @@ pub struct Options {
     /// by itself. Default 64 MiB.
     pub unflushed_bytes_max: usize,
     /// While an answer is awaited, the connection looks for it this long before it sleeps: waking up takes longer than a fast disk.
-    /// It yields its core to whoever wants it meanwhile. Zero sleeps at once. Default 100 µs.
+    /// It yields its core to whoever wants it meanwhile, and sleeps where somebody does. Zero sleeps at once. Default 100 µs.
     pub idle_poll: Duration,
 }
 

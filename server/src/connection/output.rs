@@ -94,7 +94,8 @@ mod tests {
             prop_assert!(output.pieces().all(|piece| !piece.is_empty() && piece.len() <= WRITE_PIECE_BYTES));
             prop_assert!(output.pieces().flatten().eq(&plain));
             output.clear();
-            prop_assert!(output.is_empty() && output.len() == 0 && output.pieces().next().is_none());
+            prop_assert!(output.is_empty() && output.pieces().next().is_none());
+            prop_assert_eq!(output.len(), 0);
         }
     }
 }
