@@ -29,7 +29,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(100);
 /// A core that comes back later than this after it was yielded has others who want it, and then a connection that looks for its
 /// answers only waits behind them: for so long it sleeps instead, and is woken ahead of them.
-const ALONE_MAX: Duration = Duration::from_micros(50);
+const ALONE_MAX: Duration = Duration::from_millis(1);
 const CROWDED_PAUSE: Duration = Duration::from_millis(100);
 
 /// A way to reach one shard; clones share the connection.
