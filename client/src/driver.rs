@@ -273,8 +273,10 @@ impl Driver {
             }
             self.deliver();
             let waiting_for_hello = self.core.hello().is_none();
-            let looks_again =
-                self.core.in_flight() > 0 && active.elapsed() < self.idle_poll && crowded_until <= Instant::now();
+            let looks_again = self.core.in_flight() > 0 && {
+                let now = Instant::now();
+                now < active + self.idle_poll && crowded_until <= now
+            };
             let inbox = self.inbox.as_mut();
             tokio::select! {
                 read = reader.read_buf(self.core.receive_buffer()) => match read {

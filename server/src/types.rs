@@ -110,6 +110,8 @@ impl VolumeSpec {
 
 /// Granularity of residency inside a chunk, and of every I/O to a volume file.
 pub const SECTOR_BYTES: u32 = 4096;
+/// The same, as offsets count.
+pub const SECTOR: u64 = SECTOR_BYTES as u64;
 /// Smallest unit of a guest request.
 pub const LOGICAL_BLOCK_BYTES: u32 = 512;
 pub const CHUNK_BYTES_MIN: u32 = 64 << 10;

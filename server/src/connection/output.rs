@@ -54,8 +54,10 @@ impl Output {
 
     /// Forgets what was sent, and keeps no large buffer.
     pub(super) fn clear(&mut self) {
+        if self.frames.capacity() > OUTPUT_BUFFER_KEPT_BYTES {
+            self.frames = Vec::new();
+        }
         self.frames.clear();
-        self.frames.shrink_to(OUTPUT_BUFFER_KEPT_BYTES);
         self.apart.clear();
         self.apart_bytes = 0;
     }

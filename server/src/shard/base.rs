@@ -25,7 +25,7 @@ use crate::shard::signal::{Signal, within};
 use crate::shard::stats::Counter;
 use crate::shard::volume::copy_padded;
 use crate::transfer::Digest;
-use crate::types::SECTOR_BYTES;
+use crate::types::SECTOR;
 pub use slots::Seat;
 use slots::{Claim, Lease, Slots};
 pub use supply::Order;
@@ -34,7 +34,6 @@ pub(super) use supply::{Supplied, Supply, Want};
 /// Directory of the bases in a volume store.
 pub const BASE_DIR: &str = "base";
 
-const SECTOR: u64 = SECTOR_BYTES as u64;
 /// After so many failures in a row the base is left alone for a while.
 const FAILURES_MAX: u32 = 8;
 const REST: Duration = Duration::from_secs(30);

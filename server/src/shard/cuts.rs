@@ -25,9 +25,8 @@ use crate::shard::residency::SectorRange;
 use crate::shard::signal::{AtWork, within};
 use crate::shard::volume::{Volume, copy_padded, is_zero};
 use crate::transfer::{ChunkSource, FetchClass};
-use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
+use crate::types::{SECTOR, SnapshotRef, VolumeId};
 
-const SECTOR: u64 = SECTOR_BYTES as u64;
 /// Guests are held back so long at most: then the snapshot is given up.
 const FREEZE_MAX: Duration = Duration::from_secs(1);
 /// A write of one sector puts this much around it aside: few writes of a guest that writes in order wait for it.

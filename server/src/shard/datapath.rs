@@ -4,7 +4,7 @@
 //! guest is answered before the chunk is written into the volume. Writes never wait for the object store, except for
 //! the edges of writes that are not aligned to sectors, whose old content must be known.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::rc::Rc;
 
 use futures::future::join_all;
@@ -24,9 +24,7 @@ use crate::shard::residency::SectorRange;
 use crate::shard::signal::within;
 use crate::shard::volume::{Volume, copy_padded, is_zero};
 use crate::transfer::{ChunkSource, FetchClass, Fetched};
-use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR_BYTES, VolumeId};
-
-const SECTOR: u64 = SECTOR_BYTES as u64;
+use crate::types::{LOGICAL_BLOCK_BYTES, SECTOR, VolumeId};
 
 /// A chunk on its way from the shard that owns it. Dropping it cancels nothing.
 pub(super) struct Answer(pub(super) flume::Receiver<Result<Fetched>>);
@@ -75,6 +73,13 @@ impl ByteRange {
 
     pub(super) fn sectors(self) -> SectorRange {
         SectorRange::covering(self.offset, self.len)
+    }
+
+    /// Where it lies in the bytes of its chunk; `None` if it goes on behind them.
+    pub(super) fn in_chunk<P: Platform>(self, volume: &Volume<P>, chunk_len: usize) -> Option<Range<usize>> {
+        let from = (self.offset % u64::from(volume.spec.chunk_bytes)) as usize;
+        let part = from..from + self.len as usize;
+        (part.end <= chunk_len).then_some(part)
     }
 
     pub(super) fn chunks<P: Platform>(self, volume: &Volume<P>) -> RangeInclusive<u32> {
@@ -129,34 +134,41 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         let begun = self.0.platform.now();
         let contents = self.contents(&volume, range, Some(Want::Bytes)).await?;
         let contents = self.share_now(&volume, contents).await?;
-        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
-        // Residency is looked up again now: what guests wrote while the chunks were fetched is in the file.
-        if let [(chunk, Content::Data(fetched))] = &contents[..]
-            && volume.map.borrow().is_absent(range.sectors())
-        {
-            let from = (offset - u64::from(*chunk) * chunk_bytes) as usize;
-            let (data, part) = (fetched.data.clone(), from..from + len as usize);
-            if part.end <= data.len() {
-                self.note_miss(&volume, range, &contents, begun);
-                self.fill_all_behind(&volume, contents);
-                return Ok(Reply::Data(ReadData::Chunk { data, part }));
-            }
+        // Residency is looked up again from here on: what guests wrote while the chunks were fetched is in the file.
+        let data = match part_of_one(&volume, range, &contents) {
+            Some(data) => data,
+            None => self.assemble(&volume, claim, range, &contents).await?.into(),
+        };
+        self.note_miss(&volume, range, &contents, begun);
+        for (chunk, content) in contents {
+            self.fill_behind(&volume, chunk, content);
         }
+        Ok(Reply::Data(data))
+    }
+
+    /// What the file has and what the chunks have, side by side.
+    async fn assemble(
+        &self,
+        volume: &Volume<P>,
+        claim: Claim,
+        range: ByteRange,
+        contents: &[(u32, Content)],
+    ) -> Result<Vec<u8>> {
+        let chunk_bytes = u64::from(volume.spec.chunk_bytes);
         let runs = volume.map.borrow().runs(range.sectors());
-        let mut out = Vec::with_capacity(len as usize);
+        let mut out = Vec::with_capacity(range.len as usize);
         for run in runs {
-            let (mut at, end) = ((run.start * SECTOR).max(offset), (run.end * SECTOR).min(range.end()));
+            let (mut at, end) = ((run.start * SECTOR).max(range.offset), (run.end * SECTOR).min(range.end()));
             if run.resident {
-                let piece = ByteRange { offset: at, len: end - at };
-                self.read_resident(&volume, piece, &mut out).await?;
+                self.read_resident(volume, ByteRange { offset: at, len: end - at }, &mut out).await?;
                 continue;
             }
             while at < end {
                 let chunk = (at / chunk_bytes) as u32;
                 let stop = end.min((u64::from(chunk) + 1) * chunk_bytes);
-                let Some(content) = find(&contents, chunk) else {
+                let Some(content) = find(contents, chunk) else {
                     // Brought, and not filled into a volume that was rolled back or deleted meanwhile.
-                    self.check_claim(&volume, claim)?;
+                    self.check_claim(volume, claim)?;
                     let message = format!("volume {:?} was changed while it was read: try again", &*volume.spec.name);
                     return Err(Error::new(Status::Busy, message));
                 };
@@ -166,15 +178,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
                 at = stop;
             }
         }
-        self.note_miss(&volume, range, &contents, begun);
-        self.fill_all_behind(&volume, contents);
-        Ok(Reply::Data(out.into()))
-    }
-
-    fn fill_all_behind(&self, volume: &Rc<Volume<P>>, contents: Vec<(u32, Content)>) {
-        for (chunk, content) in contents {
-            self.fill_behind(volume, chunk, content);
-        }
+        Ok(out)
     }
 
     pub(super) fn note_read(&self, volume: &Rc<Volume<P>>, range: ByteRange) {
@@ -433,6 +437,13 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
         self.sync_for_guest(&volume).await?;
         Ok(Reply::Done)
     }
+}
+
+/// A range of one chunk of which nothing is in the volume: it is sent from where the chunk is.
+fn part_of_one<P: Platform>(volume: &Volume<P>, range: ByteRange, contents: &[(u32, Content)]) -> Option<ReadData> {
+    let [(_, Content::Data(Fetched { data, .. }))] = contents else { return None };
+    let part = range.in_chunk(volume, data.len()).filter(|_| volume.map.borrow().is_absent(range.sectors()))?;
+    Some(ReadData::Chunk { data: data.clone(), part })
 }
 
 /// A chunk that became resident while others were fetched is in the file: only absent chunks are looked up here.

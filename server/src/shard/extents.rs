@@ -12,9 +12,7 @@ use super::volume::Volume;
 use crate::error::{Error, Result, Status};
 use crate::object_store::ObjectStore;
 use crate::platform::Platform;
-use crate::types::{SECTOR_BYTES, VolumeId};
-
-const SECTOR: u64 = SECTOR_BYTES as u64;
+use crate::types::{SECTOR, VolumeId};
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Extents of as much of the range as one reply can tell.

@@ -41,11 +41,7 @@ impl<P: Platform, O: ObjectStore> Shard<P, O> {
             return None;
         }
         let near = self.near(&volume, *chunks.start())?;
-        let from = (offset % u64::from(volume.spec.chunk_bytes)) as usize;
-        let part = from..from + len as usize;
-        if part.end > near.data.len() {
-            return None;
-        }
+        let part = range.in_chunk(&volume, near.data.len())?;
         self.note_read(&volume, range);
         self.count_miss(&volume);
         self.0.stages.read_missed(Tier::Ram, Duration::ZERO);

@@ -13,9 +13,7 @@ use crate::shard::locks::Mode;
 use crate::shard::residency::SectorRange;
 use crate::shard::volume::Volume;
 use crate::snapshot::is_zero;
-use crate::types::{SECTOR_BYTES, SnapshotRef, VolumeId};
-
-const SECTOR: u64 = SECTOR_BYTES as u64;
+use crate::types::{SECTOR, SnapshotRef, VolumeId};
 
 impl<P: Platform, O: ObjectStore> Shard<P, O> {
     /// Reads a chunk from the volume's disk, when its turn has come.

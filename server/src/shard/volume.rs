@@ -28,9 +28,7 @@ use crate::shard::signal::{Busy, Signal};
 use crate::shard::stats::{Counter, Counters};
 use crate::snapshot::Manifest;
 use crate::transfer::ledger::Account;
-use crate::types::{HydrationRate, SECTOR_BYTES, VolumeSpec, VolumeState};
-
-const SECTOR: u64 = SECTOR_BYTES as u64;
+use crate::types::{HydrationRate, SECTOR, VolumeSpec, VolumeState};
 
 /// File name extension of a volume that is being deleted.
 pub const SET_ASIDE: &str = "deleted";

@@ -12,9 +12,7 @@ use crate::shard::datapath::{ByteRange, Claim};
 use crate::shard::locks::Mode;
 use crate::shard::residency::SectorRange;
 use crate::shard::volume::Volume;
-use crate::types::SECTOR_BYTES;
-
-const SECTOR: u64 = SECTOR_BYTES as u64;
+use crate::types::SECTOR;
 
 /// Bytes one discard or write-zeroes punches at a time, so that the chunks' locks are held briefly.
 const ZERO_STEP_BYTES: u64 = 32 << 20;

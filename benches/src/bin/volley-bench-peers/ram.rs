@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use volley_benches::figure::{Figure, Pair};
 use volley_benches::process::{Result, Server, on_core, run};
+use volley_tools::load::cpu::pin;
 
 use super::{Bench, CLIENT_CORE, Node, SERVER_CORE, number};
 
@@ -80,34 +81,21 @@ fn plain_stream(duration: Duration) -> Result<f64> {
     let said = |e: std::io::Error| format!("plain stream: {e}");
     let (mut from, mut to) = UnixStream::pair().map_err(said)?;
     let sender = std::thread::spawn(move || {
-        stay_on(SERVER_CORE)?;
+        pin(Some(SERVER_CORE))?;
         let bytes = vec![7; LARGE_BYTES];
         // Ends when the other end is closed.
         while from.write_all(&bytes).is_ok() {}
-        Ok::<_, std::io::Error>(())
+        Ok::<_, String>(())
     });
     let receiver = std::thread::spawn(move || {
-        stay_on(CLIENT_CORE)?;
+        pin(Some(CLIENT_CORE))?;
         let (mut bytes, mut total, begun) = (vec![0; LARGE_BYTES], 0, Instant::now());
         while begun.elapsed() < duration {
-            total += to.read(&mut bytes)?;
+            total += to.read(&mut bytes).map_err(said)?;
         }
-        Ok::<_, std::io::Error>(total as f64 / f64::from(1 << 20) / begun.elapsed().as_secs_f64())
+        Ok::<_, String>(total as f64 / f64::from(1 << 20) / begun.elapsed().as_secs_f64())
     });
-    let rate = receiver.join().expect("the receiver does not panic").map_err(said)?;
-    sender.join().expect("the sender does not panic").map_err(said)?;
+    let rate = receiver.join().expect("the receiver does not panic")?;
+    sender.join().expect("the sender does not panic")?;
     Ok(rate)
-}
-
-/// Keeps this thread on a core.
-fn stay_on(core: usize) -> std::io::Result<()> {
-    // SAFETY: a set of zeroes is a valid empty one, and the calls get its size.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut set);
-        if libc::sched_setaffinity(0, size_of_val(&set), &raw const set) != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-    }
-    Ok(())
 }
