@@ -149,10 +149,10 @@ proptest! {
         let (least, greatest) = (*rates.iter().min().unwrap(), *rates.iter().max().unwrap());
         let above = lab.above_per_mille(most);
         prop_assert!(least >= limits.floor);
-        // One in a hundred is the bound, which few I/Os a second tell late; where the floor is harm already nobody can help. Of a guest with
-        // fewer still, a probe has some 30 to take the p99 from, and one slow among them hides what hydration does.
-        let too_few = device.guest_ios_per_second < 200;
-        prop_assert!(above <= 60 || too_few || least <= limits.floor * 2, "{above} of 1000 over {most} us, rate {least}-{greatest}");
+        // One in a hundred is the bound, which few I/Os a second tell late: fewer than 200 by so much that only the worst is
+        // ruled out. Where the floor is harm already nobody can help.
+        let late = if device.guest_ios_per_second < 200 { 300 } else { 60 };
+        prop_assert!(above <= late || least <= limits.floor * 2, "{above} of 1000 over {most} us, rate {least}-{greatest}");
         prop_assert!(greatest / 12 <= least, "it swings between {least} and {greatest}");
         // The guests leave.
         let ios = std::mem::take(&mut lab.device.guest_ios_per_second);
